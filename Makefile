@@ -1,0 +1,42 @@
+# Two words do all the set-up on a fresh machine with Python 3.11 or newer: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+CPU_TORCH = torch==2.13.0+cpu
+
+.PHONY: help install demo test check smoke gpu-check clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## a virtual environment with everything (CPU torch unless nvidia-smi answers)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@if nvidia-smi >/dev/null 2>&1; then echo "nvidia-smi answers: taking torch with CUDA"; \
+	else echo "no NVIDIA GPU here: taking torch for the CPU"; \
+	  $(BIN)/pip install --quiet "$(CPU_TORCH)" 2>/dev/null \
+	  || $(BIN)/pip install --quiet "$(CPU_TORCH)" --index-url https://download.pytorch.org/whl/cpu; fi
+	$(BIN)/pip install --quiet --editable ".[dev]" --constraint constraints.txt
+	@touch $@
+
+demo: install  ## start the server on the bundled demo and drive it through the story (KEEP=0 ends after it)
+	@$(BIN)/python -m demo.story
+
+test: install  ## all tests that need no GPU
+	$(BIN)/python -m pytest
+
+check: install  ## format, lint, types, layout
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layout.py
+
+smoke: install  ## a server on a free port, three adapters at once, uploads, metrics, SIGTERM; under a minute
+	@$(BIN)/python -m loadtests.smoke
+
+gpu-check:  ## on a machine with an NVIDIA GPU: the same engine on CUDA against its references
+	@$(or $(GPU_PYTHON),$(BIN)/python) -m tests.gpu.check
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

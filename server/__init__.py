@@ -1,0 +1,1 @@
+"""HTTP and the engine: a request, a sequence, a step."""

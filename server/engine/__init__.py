@@ -1,0 +1,1 @@
+"""Schedule, run, sample: the loop and the owners of its resources."""

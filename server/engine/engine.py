@@ -1,0 +1,248 @@
+"""The loop: take commands, schedule, run, sample, hand the events over. One thread, which owns the model.
+
+Runs without HTTP: `async for event in engine.stream(submit)`. Knows nothing of text or of adapters' names.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import torch
+
+from server.engine import batch as batches
+from server.engine.messages import (
+    Abort,
+    Command,
+    EngineStats,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Forget,
+    Stop,
+    Submit,
+    Token,
+    Wake,
+)
+from server.engine.residency import Residency
+from server.engine.sampler import sample
+from server.engine.scheduler import Scheduled, Scheduler
+from server.engine.sequence import Sequence
+from server.engine.streams import Streams
+from server.errors import AdapterRejectedError, EngineDeadError, LoraplexError, QueueFullError
+from server.model.runner import Runner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Counters:
+    """What the engine has done since it started; written by its thread alone."""
+
+    steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    step_seconds: float = 0.0
+    last_sequences: int = 0
+    last_adapters: int = 0
+
+
+class Engine:
+    """Runs sequences of many adapters in shared steps."""
+
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, residency: Residency, *, max_queued: int, threads: int | None = None
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.residency = residency
+        self.max_open = scheduler.limits.sequences + max_queued
+        self._threads = threads
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._streams = Streams()
+        self._counters = _Counters()
+        self._thread = threading.Thread(target=self._loop, name="loraplex-engine", daemon=True)
+        self._stopped = False
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the loop is running."""
+        return self._thread.is_alive() and not self._stopped
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """End every sequence with an error and wait for the loop to leave."""
+        self._inbox.put(Stop())
+        self._thread.join(timeout)
+
+    def wake(self) -> None:
+        """Look at the waiting sequences again; called by loader threads."""
+        self._inbox.put(Wake())
+
+    def forget(self, generation: str) -> None:
+        """Nobody holds this generation any more; its pages go when no running sequence reads them."""
+        self._inbox.put(Forget(generation))
+
+    async def stream(self, submit: Submit) -> AsyncIterator[Token | Finished]:
+        """The sequence's tokens, then one `Finished`. Closing the iterator early aborts the sequence.
+
+        Raises `QueueFullError` when too many wait, and the error of a sequence that failed.
+        """
+        if len(self._streams) >= self.max_open:
+            raise QueueFullError(f"{len(self._streams)} sequences are running or waiting; try again shortly")
+        events = self._streams.open(submit.request_id)
+        event: Event | None = None
+        try:
+            self._inbox.put(submit)
+            if self._stopped:  # looked at only now: a loop that stops later tells every open stream
+                raise EngineDeadError("the engine has stopped; the server has to be started again")
+            while not isinstance(event, Finished):
+                event = await events.get()
+                if isinstance(event, Failed):
+                    raise event.error
+                yield event
+        finally:
+            self._streams.close(submit.request_id)
+            if not isinstance(event, Finished | Failed):
+                self._inbox.put(Abort(submit.request_id))
+
+    def stats(self) -> EngineStats:
+        """Levels and counters as of now, from any thread."""
+        scheduler, pool, loader = self.scheduler, self.residency.pool, self.residency.loader
+        counters = self._counters
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=max(0, len(self._streams) - len(scheduler.running)),
+            kv_blocks_used=scheduler.blocks.used,
+            kv_blocks_total=scheduler.blocks.total - 1,
+            pages_used=pool.used,
+            pages_total=pool.total,
+            adapters_resident=len(pool.residents),
+            steps=counters.steps,
+            prefill_tokens=counters.prefill_tokens,
+            decode_tokens=counters.decode_tokens,
+            step_seconds=counters.step_seconds,
+            last_batch_sequences=counters.last_sequences,
+            last_batch_adapters=counters.last_adapters,
+            adapter_loads=loader.loads,
+            adapter_evictions=pool.evictions,
+        )
+
+    def check(self) -> None:
+        """Assert the invariants of every owner; meant for a quiet moment."""
+        self.scheduler.check()
+        self.residency.pool.check()
+        self.residency.loader.check()
+
+    def _loop(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)  # counts for the calling thread only
+        try:
+            idle = True
+            while self._take_commands(wait=idle):
+                before = self._counters.steps
+                self._streams.deliver(self._step())
+                idle = self._counters.steps == before  # only a command can change that now
+        except BaseException:
+            logger.exception("the engine stopped on an error it could not contain")
+        finally:
+            self._stopped = True
+            error = EngineDeadError("the engine has stopped")
+            self._streams.deliver([Failed(request_id, error) for request_id in self._streams.ids()])
+
+    def _step(self) -> list[Event]:
+        """Schedule, run, sample."""
+        started = time.perf_counter()
+        batch = batches.in_row_order(self.scheduler.schedule())
+        events: list[Event] = self._rejected()
+        if batch:
+            events += self._run(batch)
+            self._count(batch, time.perf_counter() - started)
+        return events
+
+    def _take_commands(self, *, wait: bool) -> bool:
+        """Carry out everything in the inbox, after waiting for something if asked. False when told to stop."""
+        commands = [self._inbox.get()] if wait else []
+        while not self._inbox.empty():
+            commands.append(self._inbox.get())
+        for command in commands:
+            match command:
+                case Submit():
+                    self.scheduler.add(Sequence.of(command))
+                case Abort(request_id):
+                    self._abort(request_id)
+                case Forget(generation):
+                    self.residency.pool.forget(generation)
+                case Wake():
+                    pass
+                case Stop():
+                    return False
+        return True
+
+    def _run(self, batch: list[Scheduled]) -> list[Event]:
+        """One forward pass. If it raises, each half runs again alone, down to the sequence at fault."""
+        try:
+            inputs = batches.build(batch, self.residency, self.scheduler.limits.block_size)
+            logits = self.runner.forward(inputs)
+            sampling = [item.sequence for item in batch if item.samples]
+            tokens = sample(logits, sampling)
+        except torch.AcceleratorError:
+            raise  # the device is in an unknown state: nothing can be retried
+        except Exception as error:
+            if len(batch) == 1:
+                logger.exception("a sequence failed request_id=%s", batch[0].sequence.request_id)
+                return [self._fail(batch[0].sequence, LoraplexError(f"the model failed on this request: {error}"))]
+            half = len(batch) // 2
+            return self._run(batch[:half]) + self._run(batch[half:])
+        for item in batch:
+            item.sequence.computed += item.count
+        return [event for s, token in zip(sampling, tokens, strict=True) for event in self._advance(s, token)]
+
+    def _advance(self, sequence: Sequence, token: int | None) -> list[Event]:
+        """Append a sampled token, and retire the sequence if it was the last."""
+        if token is None:
+            message = "the model's logits are not finite; the adapter's weights may overflow on this base"
+            return [self._fail(sequence, LoraplexError(message))]
+        sequence.tokens.append(token)
+        events: list[Event] = [Token(sequence.request_id, token)]
+        reason = sequence.finish_reason()
+        if reason is not None:
+            events.append(self._finish(sequence, reason))
+        return events
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> Finished:
+        self.scheduler.retire(sequence)
+        return Finished(sequence.request_id, reason, sequence.prompt_length, sequence.output_length)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> Failed:
+        self.scheduler.retire(sequence)
+        return Failed(sequence.request_id, error)
+
+    def _abort(self, request_id: str) -> None:
+        sequence = self.scheduler.find(request_id)
+        if sequence is not None:  # it may have ended while the abort was on its way
+            self.scheduler.retire(sequence)
+
+    def _rejected(self) -> list[Event]:
+        """Sequences whose adapter could not be read."""
+        rejected, self.scheduler.rejected = self.scheduler.rejected, []
+        return [Failed(s.request_id, AdapterRejectedError(error, param="adapter")) for s, error in rejected]
+
+    def _count(self, batch: list[Scheduled], seconds: float) -> None:
+        counters = self._counters
+        counters.steps += 1
+        counters.step_seconds += seconds
+        counters.last_sequences = len(batch)
+        counters.last_adapters = len({item.sequence.generation for item in batch} - {None})
+        for item in batch:
+            if item.count == 1:
+                counters.decode_tokens += 1
+            else:
+                counters.prefill_tokens += item.count

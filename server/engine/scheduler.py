@@ -1,0 +1,158 @@
+"""Which sequences run in the next step, and how many tokens of each. Torch-free.
+
+Decode first, then prefill in whole chunks, then admission in order of arrival. Chunks are cut at fixed multiples of
+`prefill_chunk` from a sequence's start; the token budget only decides how many. Knows nothing of logits or clients.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from adapters.errors import AdapterError
+from server.engine.blocks import Blocks
+from server.engine.residency import Admission, Residency
+from server.engine.sequence import Sequence
+
+MAX_PASSED = 32  # how many younger sequences may be admitted before one that found no room
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """`count` next tokens of a sequence go into the step."""
+
+    sequence: Sequence
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the sequence's newest token, so that the next one is drawn."""
+        return self.count == self.sequence.missing
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much one step may hold."""
+
+    sequences: int
+    tokens: int
+    prefill_chunk: int
+    block_size: int
+
+
+class Scheduler:
+    """Owner of the waiting and the running sequences."""
+
+    def __init__(self, limits: Limits, blocks: Blocks, residency: Residency) -> None:
+        self.limits = limits
+        self.blocks = blocks
+        self.residency = residency
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of admission
+        self.rejected: list[tuple[Sequence, AdapterError]] = []  # adapters that could not be read; the engine takes them
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def schedule(self) -> list[Scheduled]:
+        """The next step. Sequences without room for their next block make the youngest wait and start again."""
+        batch: list[Scheduled] = []
+        budget, before = self.limits.tokens, len(self.running)
+        for sequence in sorted(self.running, key=lambda s: s.missing > 1):
+            if sequence.blocks:  # an older sequence may have taken them in this very loop
+                budget -= self._grow(sequence, budget, batch)
+        if len(self.running) == before:  # after a preemption nothing new starts: it would be the next to go
+            self._admit(budget, batch)
+        return [item for item in batch if item.sequence.blocks]
+
+    def retire(self, sequence: Sequence) -> None:
+        """Forget a sequence, running or waiting, and give back all it holds."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self.residency.release(sequence.generation)
+            self.blocks.release(sequence.blocks)
+        else:
+            self.waiting.remove(sequence)
+
+    def find(self, request_id: str) -> Sequence | None:
+        return next((s for s in (*self.running, *self.waiting) if s.request_id == request_id), None)
+
+    def check(self) -> None:
+        """Assert that every running sequence is within its blocks and nothing else holds any."""
+        self.blocks.check(sequence.blocks for sequence in self.running)
+        assert len(self.running) <= self.limits.sequences
+        for sequence in self.running:
+            assert sequence.computed <= len(sequence.blocks) * self.limits.block_size
+            assert sequence.missing >= 1
+        assert all(not sequence.blocks and sequence.computed == 0 for sequence in self.waiting)
+
+    def _grow(self, sequence: Sequence, budget: int, batch: list[Scheduled]) -> int:
+        """Schedule a running sequence's next tokens, preempting younger ones for blocks; returns the tokens taken."""
+        count = self._chunk(sequence, budget)
+        if not count:
+            return 0
+        while not self._reserve(sequence, count):
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return 0
+        batch.append(Scheduled(sequence, count))
+        return count
+
+    def _admit(self, budget: int, batch: list[Scheduled]) -> None:
+        """Start waiting sequences, oldest first; one that finds no room is passed by at most `MAX_PASSED` others."""
+        passed_over: list[Sequence] = []
+        for sequence in tuple(self.waiting):
+            count = self._chunk(sequence, budget)
+            if not count or len(self.running) >= self.limits.sequences:
+                return
+            try:
+                admission = self._start(sequence)
+            except AdapterError as error:
+                self.waiting.remove(sequence)
+                self.rejected.append((sequence, error))
+                continue
+            match admission:
+                case Admission.READY:
+                    batch.append(Scheduled(sequence, count))
+                    budget -= count
+                    for older in passed_over:
+                        older.passed += 1
+                case Admission.NO_ROOM:
+                    passed_over.append(sequence)
+            if any(older.passed >= MAX_PASSED for older in passed_over):
+                return
+
+    def _start(self, sequence: Sequence) -> Admission:
+        """Move a waiting sequence to the running ones if its adapter and blocks for all its tokens are there."""
+        if self._blocks_for(len(sequence.tokens)) > self.blocks.free:
+            return Admission.NO_ROOM
+        admission = self.residency.acquire(sequence.generation)
+        if admission is Admission.READY:
+            self._reserve(sequence, len(sequence.tokens))
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+        return admission
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks; it will compute its tokens again, before anything younger starts."""
+        self.running.remove(sequence)
+        self.residency.release(sequence.generation)
+        self.blocks.release(sequence.blocks)
+        sequence.computed = 0
+        self.waiting.appendleft(sequence)
+
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
+        """How many tokens go next: the one of a decode, or as many whole chunks as the budget holds."""
+        if sequence.missing <= budget:
+            return sequence.missing
+        chunk = self.limits.prefill_chunk
+        end = (sequence.computed + budget) // chunk * chunk
+        return max(0, end - sequence.computed)
+
+    def _reserve(self, sequence: Sequence, count: int) -> bool:
+        wanted = self._blocks_for(sequence.computed + count) - len(sequence.blocks)
+        return wanted <= 0 or self.blocks.extend(sequence.blocks, wanted)
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.limits.block_size)

@@ -1,0 +1,140 @@
+"""The exceptions that reach a client, each with its HTTP status and stable code.
+
+    LoraplexError                     500 server_error
+    ├── InvalidRequestError           400 invalid_value          a field is wrong: `param` names it
+    │   ├── UnsupportedParameterError 400 unsupported_parameter
+    │   └── ContextLengthError        400 context_length_exceeded
+    ├── ModelNotFoundError            404 model_not_found
+    ├── AdapterRejectedError          from `ADAPTER_STATUS`      an `AdapterError` on its way out
+    ├── BodyTooLargeError             413 request_too_large
+    ├── ContentTypeError              415 unsupported_media_type
+    ├── QueueFullError                429 queue_full
+    ├── NotReadyError                 503 not_ready              loading or draining
+    └── EngineDeadError               503 engine_dead
+    UnsupportedModelError             at start only: the base cannot be served, and why
+
+Knows nothing of how an error is written to a socket: `server/api/app.py` does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from adapters.errors import AdapterCode, AdapterError, Finding
+
+ADAPTER_STATUS: Mapping[AdapterCode, int] = {
+    "invalid_adapter_name": 400,
+    "adapter_not_found": 404,
+    "invalid_archive": 400,
+    "adapter_upload_too_large": 413,
+    "invalid_adapter": 400,
+    "unsupported_adapter_feature": 400,
+    "adapter_too_large": 400,
+    "adapter_load_failed": 500,
+    "store_full": 507,
+    "precondition_failed": 412,
+}
+
+
+class LoraplexError(Exception):
+    """The root: anything a client is told about."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str] = "server_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    @property
+    def http_status(self) -> int:
+        return self.status
+
+    @property
+    def code(self) -> str:
+        return self.default_code
+
+    @property
+    def details(self) -> tuple[Finding, ...]:
+        return ()
+
+
+class InvalidRequestError(LoraplexError):
+    """A field of the request is malformed, out of range or in conflict with another."""
+
+    status, type, default_code = 400, "invalid_request_error", "invalid_value"
+
+
+class UnsupportedParameterError(InvalidRequestError):
+    """A parameter that other servers know and this one does not serve."""
+
+    default_code = "unsupported_parameter"
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt and completion together pass the model's length."""
+
+    default_code = "context_length_exceeded"
+
+
+class ModelNotFoundError(LoraplexError):
+    """`model` names neither the base nor an adapter."""
+
+    status, type, default_code = 404, "invalid_request_error", "model_not_found"
+
+
+class AdapterRejectedError(LoraplexError):
+    """An `AdapterError` seen from HTTP; status and code come from the table."""
+
+    def __init__(self, error: AdapterError, *, param: str | None = None) -> None:
+        super().__init__(error.message, param=param)
+        self.error = error
+
+    @property
+    def http_status(self) -> int:
+        return ADAPTER_STATUS[self.error.code]
+
+    @property
+    def code(self) -> str:
+        return self.error.code
+
+    @property
+    def details(self) -> tuple[Finding, ...]:
+        return self.error.findings
+
+
+class BodyTooLargeError(LoraplexError):
+    """The request's body passes the bound of its route."""
+
+    status, type, default_code = 413, "invalid_request_error", "request_too_large"
+
+
+class ContentTypeError(LoraplexError):
+    """The request's body is of a kind that its route does not read."""
+
+    status, type, default_code = 415, "invalid_request_error", "unsupported_media_type"
+
+
+class QueueFullError(LoraplexError):
+    """As many requests wait as are allowed to; the client should come back."""
+
+    status, type, default_code = 429, "rate_limit_error", "queue_full"
+
+
+class NotReadyError(LoraplexError):
+    """The server is loading or draining."""
+
+    status, type, default_code = 503, "service_unavailable", "not_ready"
+
+
+class EngineDeadError(LoraplexError):
+    """The engine stopped on an error it could not contain."""
+
+    status, type, default_code = 503, "service_unavailable", "engine_dead"
+
+
+class UnsupportedModelError(Exception):
+    """This base cannot be served; the message names the architecture and the reason."""

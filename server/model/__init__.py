@@ -1,0 +1,1 @@
+"""A transformers model made servable: loaded, probed, adapted and run."""

@@ -1,0 +1,111 @@
+"""Paged attention as a transformers attention implementation, and the probe that learns what each layer asks of it.
+
+Registered under one name; no mask function is registered with it, so transformers builds no masks. Knows nothing of
+scheduling: rows, blocks and caches come from the forward context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from kernels import reference
+from server.model.context import current_context
+
+IMPLEMENTATION = "loraplex_paged"
+_HARMLESS = frozenset(
+    {
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "use_cache",
+        "position_ids",
+        "position_embeddings",
+        "is_causal",
+        "cache_position",
+        "cache_params",
+        "indexer",
+        "logits_to_keep",
+        "dropout",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayer:
+    """What one layer's attention was called with: the shapes its cache needs, and anything we do not know."""
+
+    kv_heads: int
+    k_width: int
+    v_width: int
+    window: int | None
+    unknown: frozenset[str]
+    masked: bool
+
+
+_probe: ContextVar[dict[int, AttentionLayer] | None] = ContextVar("loraplex_attention_probe", default=None)
+
+
+@contextmanager
+def probing() -> Iterator[dict[int, AttentionLayer]]:
+    """Record each layer's call by layer index instead of attending."""
+    seen: dict[int, AttentionLayer] = {}
+    token = _probe.set(seen)
+    try:
+        yield seen
+    finally:
+        _probe.reset(token)
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # [1, query heads, rows, k width]
+    key: Tensor,  # [1, kv heads, rows, k width]
+    value: Tensor,  # [1, kv heads, rows, v width]
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Write this step's keys and values to the cache and attend to each row's own sequence."""
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    seen = _probe.get()
+    if seen is not None:
+        unknown = frozenset(name for name, given in others.items() if given is not None) - _HARMLESS
+        seen[layer] = AttentionLayer(
+            key.shape[1], key.shape[3], value.shape[3], sliding_window, unknown, attention_mask is not None
+        )
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+    context = current_context()
+    assert context is not None, "paged attention ran outside a forward context"
+    k_cache, v_cache = context.kv_caches[layer]
+    reference.write_kv(k_cache, key[0].transpose(0, 1), context.kv_index)
+    reference.write_kv(v_cache, value[0].transpose(0, 1), context.kv_index)
+    out = reference.attention(
+        query[0].transpose(0, 1),
+        k_cache,
+        v_cache,
+        context.spans,
+        scale=scaling if scaling is not None else query.shape[3] ** -0.5,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out[None], None
+
+
+def register() -> None:
+    """Make the implementation known to transformers; doing it again changes nothing."""
+    AttentionInterface.register(IMPLEMENTATION, paged_attention)

@@ -1,0 +1,46 @@
+"""What one forward pass knows beside its activations: the only state that layers reach without an argument.
+
+`nn.Linear` and transformers' attention functions receive no per-step arguments of ours, so the runner holds a
+`ForwardContext` in a `with` around the call. It refuses to nest. Knows nothing of sequences or scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kernels.segments import Segment
+from kernels.spans import Spans
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """The metadata of one step, read by attention and by every adapted linear."""
+
+    kv_index: Tensor  # [rows] int64: where each row's key and value are written
+    spans: Spans  # which rows attend to which blocks
+    segments: Mapping[str, tuple[Segment, ...]]  # group -> which rows read which adapter pages
+    kv_caches: tuple[tuple[Tensor, Tensor], ...]  # per layer: keys and values [positions, heads, width]
+
+
+_current: ContextVar[ForwardContext | None] = ContextVar("loraplex_forward_context", default=None)
+
+
+@contextmanager
+def forward_context(context: ForwardContext) -> Iterator[None]:
+    """Hold `context` for the layers of one forward pass."""
+    assert _current.get() is None, "a forward pass started inside another"
+    token = _current.set(context)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_context() -> ForwardContext | None:
+    """The context of the running forward pass, or None outside one (a probe, a plain call in a test)."""
+    return _current.get()

@@ -1,0 +1,70 @@
+"""One forward pass: a step's rows in, the logits of the rows asked for out. Holds no state between steps but the cache.
+
+Knows nothing of sequences, of scheduling or of how tokens are chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.reference import ROW_TILE
+from kernels.segments import Segment
+from kernels.spans import Span, Spans
+from server.model.context import ForwardContext, forward_context
+from server.model.kv_cache import PADDING_BLOCK, KVCache
+from server.model.servable import ServableModel
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """The flattened rows of one step."""
+
+    token_ids: NDArray[np.int64]  # [rows]
+    positions: NDArray[np.int64]  # [rows] place in the text, for rotary embeddings
+    kv_index: NDArray[np.int64]  # [rows] place in the cache
+    logits_rows: NDArray[np.int64]  # [wanted] rows whose logits are asked for
+    spans: tuple[Span, ...]
+    segments: Mapping[str, tuple[Segment, ...]]
+
+
+class Runner:
+    """Runs steps of a servable model over one KV cache."""
+
+    def __init__(self, servable: ServableModel, cache: KVCache) -> None:
+        self.servable = servable
+        self.cache = cache
+
+    @torch.inference_mode()
+    def forward(self, inputs: StepInputs) -> Tensor:  # [wanted, vocabulary] float32
+        """Logits of `inputs.logits_rows`, in that order, on the model's device."""
+        device = self.servable.device
+        padding = -len(inputs.token_ids) % ROW_TILE  # a row's bits may depend on how many rows a product has
+        rows, wanted = len(inputs.token_ids) + padding, len(inputs.logits_rows)
+        host = np.concatenate(
+            (
+                np.pad(inputs.token_ids, (0, padding)),
+                np.pad(inputs.positions, (0, padding)),
+                np.pad(inputs.kv_index, (0, padding), constant_values=PADDING_BLOCK),
+                np.pad(inputs.logits_rows, (0, -wanted % ROW_TILE)),
+            )
+        )
+        sizes = (rows, rows, rows, len(host) - 3 * rows)
+        token_ids, positions, kv_index, logits_rows = torch.from_numpy(host).to(device).split(sizes)
+        context = ForwardContext(
+            kv_index=kv_index,
+            spans=Spans(inputs.spans, self.cache.block_size, device),
+            segments=inputs.segments,
+            kv_caches=self.cache.layers,
+        )
+        with forward_context(context):
+            output = self.servable.model(
+                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=logits_rows
+            )
+        logits: Tensor = output.logits[0, :wanted]
+        return logits.float()

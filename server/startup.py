@@ -1,0 +1,190 @@
+"""From settings to a served model: loads, plans memory, wires the owners together and starts the engine.
+
+The one place where the parts meet. Knows nothing of sockets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+import time
+import warnings
+
+import torch
+import transformers
+
+from adapters.adapter import Adapter
+from adapters.errors import AdapterError
+from adapters.files import FileOps
+from adapters.loader import Loader
+from adapters.pool import Pool
+from adapters.registry import Registry
+from adapters.store import Store
+from server.config import Settings
+from server.engine.blocks import Blocks
+from server.engine.engine import Engine
+from server.engine.residency import Residency
+from server.engine.scheduler import Limits, Scheduler
+from server.memory_plan import MemoryPlan, plan_memory
+from server.model.kv_cache import KVCache
+from server.model.load import ModelSource, load_model
+from server.model.runner import Runner
+from server.model.servable import ServableModel, make_servable
+from server.serving import GenerationDefaults, Served, Serving
+from server.text.tokenizer import Tokenizer
+
+_NOISY = ("transformers", "bitsandbytes", "accelerate", "huggingface_hub", "torch")
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
+
+
+def load(settings: Settings, serving: Serving) -> None:
+    """Fill `serving.served` and move its phase to "ready"; raises the reason when the model cannot be served."""
+    quiet_libraries()
+    keep_large_blocks()
+    serving.detail, serving.progress = "loading weights", 0.1
+    servable = make_servable(
+        load_model(model_source(settings)), backend=settings.linear_backend, max_model_len=settings.max_model_len
+    )
+    serving.detail, serving.progress = "planning memory", 0.7
+    plan = plan_memory(settings, servable)
+    tokenizer = Tokenizer.load(settings.model, trust_remote_code=settings.trust_remote_code)
+    serving.detail, serving.progress = "opening the adapter store", 0.8
+    served = assemble(settings, servable, plan, tokenizer)
+    serving.detail, serving.progress = "registering adapters", 0.9
+    for module in settings.lora_modules:
+        served.registry.put_folder(module.name, module.path)
+    served.engine.start()
+    serving.plan = (_model_line(settings, servable), *plan.lines(), f"served      {_names(served)}")
+    serving.served = served
+    serving.detail, serving.progress, serving.phase = "ready", 1.0, "ready"
+
+
+def model_source(settings: Settings) -> ModelSource:
+    """What to load, with "auto" decided: CUDA where there is one, in bfloat16; float32 on the CPU."""
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(automatic if settings.device == "auto" else settings.device)
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return ModelSource(
+        settings.model,
+        device,
+        torch.bfloat16 if dtype == "bfloat16" else torch.float32,
+        settings.quantization,
+        settings.quantized_folder,
+        settings.trust_remote_code,
+    )
+
+
+def assemble(settings: Settings, servable: ServableModel, plan: MemoryPlan, tokenizer: Tokenizer) -> Served:
+    """Make every owner and connect them: store, registry, loader, pool, blocks, scheduler, runner, engine."""
+    pool = Pool(servable.layout, plan.pages, plan.adapter_dtype, servable.device)
+    servable.attach(pool.sites)
+    cache = KVCache.allocate(
+        servable.attention,
+        blocks=plan.kv_blocks,
+        block_size=settings.block_size,
+        dtype=servable.dtype,
+        device=servable.device,
+    )
+
+    def fits(adapter: Adapter) -> None:
+        pool.fits(adapter)
+        if adapter.nbytes > settings.adapter_host_memory_bytes:
+            raise AdapterError(
+                "adapter_too_large",
+                f"the adapter's {adapter.nbytes} bytes are more than the host memory kept for all adapters "
+                f"({settings.adapter_host_memory_bytes} bytes); raise --adapter-host-memory-bytes",
+            )
+
+    def unreferenced(generation: str) -> None:
+        loader.forget(generation)
+        engine.forget(generation)
+
+    registry = Registry(
+        Store(settings.store_folder, FileOps()),
+        servable.layout,
+        plan.adapter_dtype,
+        settings.max_lora_rank,
+        fits,
+        max_bytes=settings.max_upload_bytes,
+        on_unreferenced=unreferenced,
+    )
+    loader = Loader(registry.read, settings.adapter_host_memory_bytes, lambda: engine.wake())
+    residency = Residency(loader, pool)
+    limits = Limits(
+        settings.max_num_seqs, settings.max_num_batched_tokens, settings.prefill_chunk, settings.block_size
+    )
+    scheduler = Scheduler(limits, Blocks(plan.kv_blocks), residency)
+    engine = Engine(
+        Runner(servable, cache),
+        scheduler,
+        residency,
+        max_queued=settings.max_queued_requests,
+        threads=settings.threads,
+    )
+    return Served(
+        name=settings.base_name,
+        created=int(time.time()),
+        max_model_len=plan.max_model_len,
+        vocab_size=servable.vocab_size,
+        eos_token_ids=end_tokens(servable),
+        defaults=generation_defaults(servable),
+        tokenizer=tokenizer,
+        engine=engine,
+        registry=registry,
+        loader=loader,
+    )
+
+
+def end_tokens(servable: ServableModel) -> frozenset[int]:
+    """The tokens that end a text, from generation_config.json, else from the model's configuration."""
+    found = servable.model.generation_config.eos_token_id
+    if found is None:
+        found = servable.model.config.get_text_config(decoder=True).eos_token_id
+    return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+
+
+def generation_defaults(servable: ServableModel) -> GenerationDefaults:
+    """What generation_config.json sets; the API's own defaults where it says nothing."""
+    given = servable.model.generation_config.to_diff_dict()
+    fallback = GenerationDefaults()
+    return GenerationDefaults(
+        temperature=float(given.get("temperature", fallback.temperature)),
+        top_p=float(given.get("top_p", fallback.top_p)),
+        top_k=int(given.get("top_k", fallback.top_k)),
+    )
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say at start out of the log: warnings by module, progress bars unless a person watches."""
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=rf"{name}(\..*)?")
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+
+
+def keep_large_blocks() -> None:
+    """Tell glibc to reuse large blocks: returned to the system, each one page-faults again at every step."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    except (OSError, AttributeError):  # another C library; its allocator has habits of its own
+        logging.getLogger(__name__).debug("no mallopt here")
+
+
+def _model_line(settings: Settings, servable: ServableModel) -> str:
+    dtype = str(servable.dtype).removeprefix("torch.")
+    return (
+        f"model       {type(servable.model).__name__}, {settings.quantization} weights, {dtype} on "
+        f"{servable.device.type}, {len(servable.layout.modules)} adaptable linears"
+    )
+
+
+def _names(served: Served) -> str:
+    entries = served.registry.entries()
+    return f"{served.name} and {len(entries)} adapter{'s' if len(entries) != 1 else ''}"
