@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: install  ## start the server on the bundled demo and drive it through the story (KEEP=0 ends after it)
-	@$(BIN)/python -m demo.story
+	@$(BIN)/python -m demo.show
 
 test: install  ## all tests that need no GPU
 	$(BIN)/python -m pytest
@@ -36,7 +36,7 @@ smoke: install  ## a server on a free port, three adapters at once, uploads, met
 	@$(BIN)/python -m loadtests.smoke
 
 gpu-check:  ## on a machine with an NVIDIA GPU: the same engine on CUDA against its references
-	@$(or $(GPU_PYTHON),$(BIN)/python) -m tests.gpu.check
+	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest tests/gpu --require-cuda
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

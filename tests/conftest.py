@@ -13,6 +13,10 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--require-cuda", action="store_true", help="fail instead of skipping where there is no GPU")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

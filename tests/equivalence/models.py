@@ -64,7 +64,7 @@ def plain_model(architecture: str) -> nn.Module:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
 
 
-def held_model(folder: Path, how: str) -> nn.Module:
+def held_model(folder: Path, how: str, device: str = "cpu") -> nn.Module:
     """The checkpoint in `folder`, held as `how` says: "fp32", "bf16", "nf4", "nf4-bf16" or "int8"."""
     quantization = {
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
@@ -72,7 +72,9 @@ def held_model(folder: Path, how: str) -> nn.Module:
     }.get(how.removesuffix("-bf16"))
     given = {} if quantization is None else {"quantization_config": quantization}
     dtype = torch.bfloat16 if how.endswith("bf16") else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", **given)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", device_map={"": device}, **given
+    )
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
@@ -86,14 +88,15 @@ def exact_twin(model: nn.Module, plain: nn.Module) -> nn.Module:
     for path, module in twin.named_modules():
         other = held.get(path)
         if isinstance(other, Linear4bit):
-            module.weight.data = bnb.dequantize_4bit(other.weight.data, other.weight.quant_state).float()
+            module.weight.data = bnb.dequantize_4bit(other.weight.data, other.weight.quant_state).float().cpu()
         elif isinstance(other, Linear8bitLt):
             module.weight.data = other.weight.data.float() * (other.weight.SCB.float() / 127.0)[:, None]
+            module.weight.data = module.weight.data.cpu()
         elif isinstance(module, nn.Linear):
-            module.weight.data = other.weight.data.float()
+            module.weight.data = other.weight.data.float().cpu()
     for name, parameter in model.named_parameters():
         if not name.endswith("proj.weight") and name != "lm_head.weight":
-            twin.get_parameter(name).data = parameter.data.float()
+            twin.get_parameter(name).data = parameter.data.float().cpu()
     return twin.double()
 
 

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 @torch.inference_mode()
 def peft_logits(peft_model: nn.Module, tokens: list[int], adapter: str | None) -> Tensor:  # [tokens, vocab] float64
-    ids = torch.tensor([tokens])
+    ids = torch.tensor([tokens], device=peft_model.device)
     if adapter is None:
         with peft_model.disable_adapter():
-            return peft_model(input_ids=ids, use_cache=False).logits[0].double()
+            return peft_model(input_ids=ids, use_cache=False).logits[0].double().cpu()
     peft_model.set_adapter(adapter)
-    return peft_model(input_ids=ids, use_cache=False).logits[0].double()
+    return peft_model(input_ids=ids, use_cache=False).logits[0].double().cpu()
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -1,0 +1,104 @@
+"""A row's logits are the same bits alone and among neighbours: other adapters, other lengths, an outlier row."""
+
+import copy
+
+import pytest
+import torch
+
+from server.model.servable import make_servable
+from tests.equivalence.harness import Harness, Row, read_peft
+from tests.equivalence.models import VOCAB, held_model, plain_model, with_adapters
+
+OUTLIER = 2  # the token whose embedding is a thousand times the others'
+
+
+@pytest.fixture(scope="module", params=["fp32", "nf4", "int8"])
+def engine_parts(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    plain = plain_model("llama")
+    with torch.no_grad():
+        plain.get_input_embeddings().weight[OUTLIER] *= 1000
+    plain.save_pretrained(folder / "base")
+    servable = make_servable(held_model(folder / "base", request.param))
+    adapters = read_peft(with_adapters(copy.deepcopy(plain), "llama"), folder / "adapters", servable)
+    return servable, adapters
+
+
+def tokens(seed: int, length: int) -> list[int]:
+    return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+ROWS = {
+    "base": Row(tokens(1, 40), 25, None),
+    "rank3": Row(tokens(2, 61), 50, "rank3"),
+    "rank64": Row(tokens(3, 30), 7, "rank64"),
+}
+NEIGHBOURS = {
+    "outlier": Row([OUTLIER] * 5 + tokens(4, 20), 10, "rank16"),
+    "long": Row(tokens(5, 200), 190, "rank8"),
+    "same adapter": Row(tokens(6, 33), 20, "rank64"),
+    "bare outlier": Row([*tokens(7, 8), OUTLIER, *tokens(8, 8)], 12, None),
+    "short": Row(tokens(9, 12), 1, None),
+}
+
+
+def assert_same_bits(got, want):
+    assert got.keys() == want.keys()
+    for position in want:
+        assert torch.equal(got[position], want[position]), f"position {position}"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_alone_and_among_neighbours(engine_parts, name):
+    servable, adapters = engine_parts
+    alone = Harness(servable, adapters).run({name: ROWS[name]})
+    arrivals = {"long": 1, "same adapter": 3, "bare outlier": 5}
+    together = Harness(servable, adapters, tokens=128).run(ROWS | NEIGHBOURS, arrivals)
+    assert_same_bits(together[name], alone[name])
+
+
+def test_neighbours_are_seen_at_all(engine_parts):
+    """The outlier row does differ from the others, and an adapter from none: equality above is not by accident."""
+    servable, adapters = engine_parts
+    plain = Harness(servable, adapters).run({"base": ROWS["base"]})["base"]
+    other = Row(ROWS["base"].tokens, ROWS["base"].prompt, "rank3")
+    adapted = Harness(servable, adapters).run({"base": other})["base"]
+    assert all(not torch.equal(plain[position], adapted[position]) for position in plain)
+
+
+@pytest.mark.parametrize(("budget", "chunk"), [(32, 16), (64, 64), (256, 128)])
+def test_whatever_the_chunks(engine_parts, budget, chunk):
+    servable, adapters = engine_parts
+    whole = Harness(servable, adapters, tokens=512, chunk=512).run(ROWS)
+    cut = Harness(servable, adapters, tokens=budget, chunk=chunk).run(ROWS)
+    for name in ROWS:
+        assert_same_bits(cut[name], whole[name])
+
+
+def test_after_a_preemption(engine_parts):
+    """Too few blocks for all: the youngest give way and compute their tokens again."""
+    servable, adapters = engine_parts
+    rows = {f"row {i}": Row(tokens(20 + i, 90), 60, ["rank3", "rank8", None][i % 3]) for i in range(4)}
+    alone = {name: Harness(servable, adapters).run({name: row})[name] for name, row in rows.items()}
+    tight = Harness(servable, adapters, blocks=20, tokens=96)
+    preempted = []
+    original = tight.scheduler._preempt
+    tight.scheduler._preempt = lambda sequence: (preempted.append(sequence.request_id), original(sequence))
+    together = tight.run(rows)
+    assert preempted
+    for name in rows:
+        assert_same_bits(together[name], alone[name])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_whatever_the_threads(engine_parts, threads):
+    """A wide step is shared among threads; where one's share ends must not show."""
+    servable, adapters = engine_parts
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        alone = Harness(servable, adapters).run({"base": ROWS["base"]})
+        together = Harness(servable, adapters, tokens=512, chunk=128).run(ROWS | NEIGHBOURS)
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(together["base"], alone["base"])

@@ -1,0 +1,14 @@
+"""These tests need a CUDA device: without one they are skipped, or fail where `--require-cuda` says there must be one."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cuda(request):
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = False
+        return
+    if request.config.getoption("--require-cuda"):
+        pytest.fail("no CUDA device answers here: run this on a machine with an NVIDIA GPU", pytrace=False)
+    pytest.skip("no CUDA device here")

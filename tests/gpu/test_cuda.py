@@ -1,0 +1,78 @@
+"""The same engine on CUDA, with the reference operations: what the CPU proves must hold there too."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import reference
+from kernels.segments import Segment
+from kernels.spans import KV_TILE, Span, Spans
+from tests.equivalence.case import Case, assert_as_good_as_peft, assert_exact
+from tests.equivalence.models import CONFIGS
+from tests.gpu.demo_engine import demo_engine
+
+DEMO = Path(__file__).parents[2] / "demo"
+
+
+def on_both(operation, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return operation(*tensors), operation(*(tensor.cuda() for tensor in tensors)).cpu()
+
+
+def test_shrink_and_expand_equal_the_cpus():
+    segment = Segment(3, 24, (4, 1), (1.0, 0.5))
+    x, a, scale = torch.randn(30, 128), torch.randn(6, 2, 16, 128), torch.rand(6, 2)
+    b = torch.randn(6, 16, 192)
+
+    def delta(x, a, scale, b):
+        y = torch.zeros(30, 192, device=x.device)
+        reference.expand(y, reference.shrink(x, a, scale, segment), b, (128, 64), segment)
+        return y
+
+    cpu, cuda = on_both(delta, x, a, scale, b)
+    torch.testing.assert_close(cuda, cpu, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_attention_equals_the_cpus(window):
+    span = Span(0, 5, 300, tuple(range(3, 22)))
+    q, k, v = torch.randn(5, 4, 64), torch.randn(KV_TILE * 3, 2, 64), torch.randn(KV_TILE * 3, 2, 64)
+
+    def attend(q, k, v):
+        spans = Spans((span,), 16, q.device)
+        return reference.attention(q, k, v, spans, scale=0.1, window=window, softcap=20.0, sinks=None)
+
+    cpu, cuda = on_both(attend, q, k, v)
+    torch.testing.assert_close(cuda, cpu, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("how", ["fp32", "nf4"])
+def test_exact_paths_agree_with_peft(architecture, how, tmp_path):
+    assert_exact(Case(architecture, how, tmp_path, device="cuda"))
+
+
+@pytest.mark.parametrize(("how", "backend"), [("bf16", "exact"), ("nf4-bf16", "exact"), ("nf4-bf16", "bitsandbytes")])
+def test_rounding_paths_are_as_good_as_pefts(how, backend, tmp_path):
+    assert_as_good_as_peft(Case("llama", how, tmp_path, backend=backend, device="cuda"))
+
+
+def test_the_demos_story(tmp_path):
+    """The demo's base in NF4 and its adapters, all scenes at once through the engine."""
+    scenes = json.loads((DEMO / "story.json").read_text())
+    engine, ask = demo_engine(tmp_path, "cuda")
+    lines = [(scene, line) for scene in scenes for line in scene["lines"]]
+
+    async def all_at_once() -> list[str]:
+        return await asyncio.gather(*(ask(scene["prompt"], line["adapter"], scene["max_tokens"]) for scene, line in lines))
+
+    engine.start()
+    try:
+        answers = asyncio.run(all_at_once())
+    finally:
+        engine.stop()
+    for answer, (_, line) in zip(answers, lines, strict=True):
+        assert line["must_contain"] in answer, line["adapter"]
+    engine.check()
