@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,7 @@ class _Counters:
     steps: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    generated_tokens: int = 0
     step_seconds: float = 0.0
     last_sequences: int = 0
     last_adapters: int = 0
@@ -90,7 +91,7 @@ class Engine:
         """Nobody holds this generation any more; its pages go when no running sequence reads them."""
         self._inbox.put(Forget(generation))
 
-    async def stream(self, submit: Submit) -> AsyncIterator[Token | Finished]:
+    async def stream(self, submit: Submit) -> AsyncGenerator[Token | Finished, None]:
         """The sequence's tokens, then one `Finished`. Closing the iterator early aborts the sequence.
 
         Raises `QueueFullError` when too many wait, and the error of a sequence that failed.
@@ -124,10 +125,12 @@ class Engine:
             kv_blocks_total=scheduler.blocks.total - 1,
             pages_used=pool.used,
             pages_total=pool.total,
-            adapters_resident=len(pool.residents),
+            resident=pool.residents,
+            adapter_room=pool.room,
             steps=counters.steps,
             prefill_tokens=counters.prefill_tokens,
             decode_tokens=counters.decode_tokens,
+            generated_tokens=counters.generated_tokens,
             step_seconds=counters.step_seconds,
             last_batch_sequences=counters.last_sequences,
             last_batch_adapters=counters.last_adapters,
@@ -198,7 +201,7 @@ class Engine:
         except Exception as error:
             if len(batch) == 1:
                 logger.exception("a sequence failed request_id=%s", batch[0].sequence.request_id)
-                return [self._fail(batch[0].sequence, LoraplexError(f"the model failed on this request: {error}"))]
+                return [self._fail(batch[0].sequence, LoraplexError("the model failed on this request; the server's log has the reason"))]
             half = len(batch) // 2
             return self._run(batch[:half]) + self._run(batch[half:])
         for item in batch:
@@ -211,6 +214,7 @@ class Engine:
             message = "the model's logits are not finite; the adapter's weights may overflow on this base"
             return [self._fail(sequence, LoraplexError(message))]
         sequence.tokens.append(token)
+        self._counters.generated_tokens += 1
         events: list[Event] = [Token(sequence.request_id, token)]
         reason = sequence.finish_reason()
         if reason is not None:

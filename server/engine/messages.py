@@ -103,10 +103,12 @@ class EngineStats:
     kv_blocks_total: int
     pages_used: int
     pages_total: int
-    adapters_resident: int
+    resident: tuple[str, ...]  # generations on the device
+    adapter_room: int  # adapters of one page per group that fit on the device together
     steps: int
     prefill_tokens: int
     decode_tokens: int
+    generated_tokens: int
     step_seconds: float
     last_batch_sequences: int
     last_batch_adapters: int

@@ -1,0 +1,1 @@
+"""A name becomes pages on the device: formats, store, registry, loader and pool."""

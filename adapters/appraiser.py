@@ -1,0 +1,57 @@
+"""What a folder's adapter is worth on this base: its facts, or why it cannot be served.
+
+Knows nothing of names, or of where the folder came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from adapters.adapter import Adapter, Layout
+from adapters.entry import Facts
+from adapters.errors import AdapterError, Finding
+from adapters.peft_format import inspect_adapter, read_adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Appraiser:
+    """The base's layout, the server's limits, and `fits`, which refuses what could never be admitted."""
+
+    layout: Layout
+    dtype: torch.dtype
+    max_rank: int
+    fits: Callable[[Adapter], None]
+
+    def read(self, folder: Path, generation: str) -> Adapter:
+        """The weights; AdapterError tells everything that is wrong with them."""
+        return read_adapter(folder, generation, self.layout, self.dtype, self.max_rank)
+
+    def validate(self, folder: Path, generation: str) -> Facts:
+        """Facts of an adapter of which every value was looked at; AdapterError if it cannot be served."""
+        self.fits(self.read(folder, generation))
+        return self._facts(folder, generation)
+
+    def inspect(self, folder: Path, generation: str) -> Facts:
+        """Facts by the header and the config alone; what is wrong is among them."""
+        try:
+            return self._facts(folder, generation)
+        except AdapterError as error:
+            return Facts(findings=error.findings or (Finding(str(folder), error.message),))
+        except OSError as error:
+            return Facts(findings=(Finding(str(folder), f"cannot be read: {error.strerror or error}"),))
+
+    def _facts(self, folder: Path, generation: str) -> Facts:
+        outline = inspect_adapter(folder, generation, self.layout, self.dtype, self.max_rank)
+        adapter = outline.adapter
+        self.fits(adapter)
+        members = (self.layout.sites[delta.site].members[delta.member] for delta in adapter.deltas)
+        return Facts(
+            nbytes=sum(path.stat().st_size for path in folder.iterdir()),
+            rank=adapter.rank,
+            modules=tuple(sorted({member.module.rpartition(".")[2] for member in members})),
+            base_model=outline.base_model,
+        )

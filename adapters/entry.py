@@ -1,0 +1,76 @@
+"""What the registry tells of a name: its entry, the outcome of a put, and a held reference.
+
+Knows nothing of how names are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+from adapters.errors import Finding
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a generation without reading its weights; with findings it cannot be served."""
+
+    nbytes: int = 0  # of the two files as stored
+    rank: int = 0
+    modules: tuple[str, ...] = ()
+    base_model: str = ""
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name, at one moment."""
+
+    name: str
+    generation: str  # "" when the name's file is broken
+    revision: int
+    created: int  # unix seconds
+    updated: int
+    nbytes: int  # of the two files as stored
+    rank: int  # the largest of any module
+    modules: tuple[str, ...]  # short names of the targets, sorted
+    base_model: str  # as the adapter's config names it; nothing depends on it
+    state: Literal["ready", "incompatible"]
+    references: int  # held on the present generation, under whatever name
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """The outcome of a put: `created` is False when the name had this very content already."""
+
+    entry: Entry
+    created: bool
+
+
+class Reference:
+    """A hold on one generation: whatever happens to the name, its files stay until `release`.
+
+    `release` may be called more than once and from any thread; leaving a `with` calls it.
+    """
+
+    __slots__ = ("_release", "generation", "name")
+
+    def __init__(self, name: str, generation: str, release: Callable[[Reference], None]) -> None:
+        self.name = name
+        self.generation = generation
+        self._release = release
+
+    def release(self) -> None:
+        """Let go."""
+        self._release(self)
+
+    def __enter__(self) -> Reference:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()

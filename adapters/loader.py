@@ -1,0 +1,138 @@
+"""Adapters in host memory: reads generations on threads of its own, keeps the recently used within a bound.
+
+Knows nothing of names or of devices: `read` is given. `get` never waits; the engine asks again after
+`on_ready`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from adapters.adapter import Adapter
+from adapters.errors import AdapterError
+
+
+class Loader:
+    """A cache of adapters by generation, least recently used out first.
+
+    The cached adapters never take more than `max_bytes`. One that is larger by itself is handed to the first
+    `get` after its read and not kept; until that `get`, or a `forget`, it is memory beyond the bound.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[str], Adapter],
+        max_bytes: int,
+        on_ready: Callable[[], None],
+        threads: int = 2,
+    ) -> None:
+        self._read = read
+        self._max_bytes = max_bytes
+        self._on_ready = on_ready
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="adapter-loader")
+        self._lock = threading.Lock()
+        self._cached: OrderedDict[str, Adapter] = OrderedDict()
+        self._oversize: dict[str, Adapter] = {}
+        self._loading: dict[
+            str, object
+        ] = {}  # generation -> the ticket of its read; a stale ticket is dropped
+        self._failed: dict[str, AdapterError] = {}
+        self._nbytes = 0
+        self._loads = 0
+        self._evictions = 0
+        self._closed = False
+
+    @property
+    def loads(self) -> int:
+        """Reads that ended well."""
+        return self._loads
+
+    @property
+    def evictions(self) -> int:
+        """Adapters put out of the cache to make room."""
+        return self._evictions
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cached adapters."""
+        return self._nbytes
+
+    def get(self, generation: str) -> Adapter | None:
+        """The weights if they are here; else None, and a read is under way.
+
+        Raises the error of a read that failed, once: the next call starts another.
+        """
+        with self._lock:
+            assert not self._closed, "the loader is closed"
+            if generation in self._cached:
+                self._cached.move_to_end(generation)
+                return self._cached[generation]
+            if generation in self._oversize:
+                return self._oversize.pop(generation)
+            if generation in self._failed:
+                raise self._failed.pop(generation)
+            if generation not in self._loading:
+                ticket = self._loading[generation] = object()
+                self._executor.submit(self._load, generation, ticket)
+            return None
+
+    def forget(self, generation: str) -> None:
+        """Drop whatever is held of a generation; a read under way ends unheard."""
+        with self._lock:
+            adapter = self._cached.pop(generation, None)
+            self._nbytes -= adapter.nbytes if adapter else 0
+            self._oversize.pop(generation, None)
+            self._failed.pop(generation, None)
+            self._loading.pop(generation, None)
+
+    def close(self) -> None:
+        """End the threads, after the reads that have begun."""
+        with self._lock:
+            self._closed = True
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def check(self) -> None:
+        """The bound holds, the books agree, and a generation is in one place at a time."""
+        with self._lock:
+            assert self._nbytes == sum(adapter.nbytes for adapter in self._cached.values())
+            assert 0 <= self._nbytes <= self._max_bytes
+            assert all(adapter.nbytes > self._max_bytes for adapter in self._oversize.values())
+            places = [*self._cached, *self._oversize, *self._loading, *self._failed]
+            assert len(places) == len(set(places)), "a generation is in two places"
+            assert all(key == adapter.generation for key, adapter in self._cached.items())
+
+    def _load(self, generation: str, ticket: object) -> None:
+        try:
+            result: Adapter | AdapterError = self._read(generation)
+        except AdapterError as error:
+            result = error
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+            result = AdapterError(
+                "adapter_load_failed", f"generation {generation} could not be read: {problem}"
+            )
+            result.__cause__ = error
+        with self._lock:
+            if self._loading.get(generation) is ticket:
+                del self._loading[generation]
+                self._settle(generation, result)
+        self._on_ready()
+
+    def _settle(self, generation: str, result: Adapter | AdapterError) -> None:
+        """File a read's result; the lock is held."""
+        if isinstance(result, AdapterError):
+            self._failed[generation] = result
+            return
+        self._loads += 1
+        if result.nbytes > self._max_bytes:
+            self._oversize[generation] = result
+            return
+        while self._nbytes + result.nbytes > self._max_bytes:
+            _, victim = self._cached.popitem(last=False)
+            self._nbytes -= victim.nbytes
+            self._evictions += 1
+        self._cached[generation] = result
+        self._nbytes += result.nbytes

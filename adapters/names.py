@@ -1,0 +1,183 @@
+"""What every name points at: in memory for the asking, on disk for good, and the moves that keep both.
+
+Knows nothing of who holds a generation, or of how an upload is checked.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Iterable, Set
+from dataclasses import dataclass
+from pathlib import Path
+from threading import RLock
+
+from adapters.entry import Facts
+from adapters.errors import AdapterError, Finding
+from adapters.findings import short
+from adapters.records import BrokenRecordError, Record, Target
+from adapters.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A name's state."""
+
+    record: Record | None  # None: the name's file is broken, and the facts tell why
+    facts: Facts
+
+    @property
+    def generation(self) -> str:
+        """The present one; "" if unknown."""
+        return self.record.generation if self.record else ""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be served."""
+        return self.record is not None and not self.facts.findings
+
+
+class Names:
+    """One store's names. `lock` guards the memory and is held for moments; changes come one by one."""
+
+    def __init__(
+        self,
+        store: Store,
+        lock: RLock,
+        inspect: Callable[[Path, str], Facts],
+        keep_versions: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._lock = lock
+        self._inspect = inspect
+        self._keep_versions = keep_versions
+        self._clock = clock
+        self._unsure: set[str] = set()  # a name's file may still point at these: kept until the next start
+        self._stored = store.generations()
+        self._held = {name: self._recall(name) for name in store.names()}
+
+    def all(self) -> list[tuple[str, Held]]:
+        """Every name, sorted."""
+        with self._lock:
+            return sorted(self._held.items(), key=lambda item: item[0])
+
+    def get(self, name: str) -> Held | None:
+        """A name's state, if there is such a name."""
+        with self._lock:
+            return self._held.get(name)
+
+    def known(self, name: str) -> Held:
+        """A name's state; AdapterError if there is no such name."""
+        with self._lock:
+            if held := self._held.get(name):
+                return held
+            near = difflib.get_close_matches(name[:80], self._held, n=1)
+            cure = f"did you mean {near[0]}" if near else f"{len(self._held)} adapters are known"
+            raise AdapterError("adapter_not_found", f"no adapter is named {short(name)}; {cure}")
+
+    def expect(self, name: str, if_match: str | None) -> Held | None:
+        """A name's state, refused if the caller expected another generation; `*` expects any."""
+        held = self.get(name)
+        if if_match is None or (held and if_match in ("*", held.generation)):
+            return held
+        at = f"is at {held.generation or 'a broken state'}" if held else "does not exist"
+        problem = f"If-Match expects {if_match[:80]}, but adapter {name} {at}; look at it, then try again"
+        raise AdapterError("precondition_failed", problem)
+
+    def points_at(self, generation: str) -> bool:
+        """Whether any name is at the generation now."""
+        with self._lock:
+            return any(held.generation == generation for held in self._held.values())
+
+    def facts(self, generation: str) -> Facts:
+        """What a stored generation is worth on this base."""
+        return self._inspect(self._store.folder(generation), generation)
+
+    def keep(self, folder: Path, generation: str) -> None:
+        """Store a synced folder; until a name points at it, a sweep may take it."""
+        self._stored.add(generation)
+        self._store.keep(folder, generation)
+
+    def move(self, name: str, generation: str, facts: Facts) -> None:
+        """Point the name at a stored generation, on disk first."""
+        held, now = self.get(name), int(self._clock())
+        record = Record(1, now, now, (Target(generation),))
+        if held and held.record:
+            record = held.record.moved(generation, now, self._keep_versions)
+        try:
+            self._store.write(name, record)
+        except OSError:
+            self._restore(name, generation)
+            raise
+        with self._lock:
+            self._held[name] = Held(record, facts)
+
+    def remove(self, name: str) -> None:
+        """Forget the name, on disk first."""
+        try:
+            self._store.remove(name)
+        except OSError:
+            self._restore(name, self.known(name).generation)
+            raise
+        with self._lock:
+            del self._held[name]
+
+    def sweep(self, in_use: Callable[[], Iterable[str]]) -> None:
+        """Drop what no name's history has and nobody uses. What fails is left to the next sweep.
+
+        A name whose file is broken may need any generation: while there is one, nothing is dropped.
+        """
+        with self._lock:
+            records = [held.record for held in self._held.values()]
+            needed = {*self._unsure, *in_use()}
+        for record in records:
+            if record is None:
+                return
+            needed |= record.generations()
+        for generation in self._stored - needed:
+            try:
+                self._store.drop(generation)
+            except OSError:
+                if self._store.folder(generation).exists():
+                    continue
+            self._stored.discard(generation)
+
+    def check(self, in_use: Set[str]) -> None:
+        """Memory and disk agree, and whatever is pointed at or in use is there."""
+        assert set(self._store.names()) == set(self._held), "names differ from the disk's"
+        assert self._store.generations() == self._stored, "generations differ from the disk's"
+        assert in_use <= self._stored, "a generation in use is not on disk"
+        for name, held in self._held.items():
+            if held.record is None:
+                continue
+            assert self._store.read(name) == held.record, f"{name} differs from the disk's"
+            revisions = [version.revision for version in (*held.record.history, held.record.version)]
+            assert revisions == sorted(set(revisions)), f"revisions of {name} do not grow"
+            assert not held.ready or held.generation in self._stored, f"{name} points at nothing"
+
+    def _recall(self, name: str) -> Held:
+        """A name as the last run left it. One that cannot be served is kept, with what is wrong."""
+        try:
+            record = self._store.read(name)
+        except BrokenRecordError as error:
+            cure = "put or delete the name; until then no unused generation is removed"
+            return Held(None, Facts(findings=(Finding(f"names/{name}.json", str(error), cure),)))
+        return Held(record, self.facts(record.generation))
+
+    def _restore(self, name: str, generation: str) -> None:
+        """After a failed change the disk may have it or not: make it what memory goes on with."""
+        held = self.get(name)
+        try:
+            if held is None:
+                self._store.remove(name)
+            elif held.record and not self._is_written(name, held.record):
+                self._store.write(name, held.record)
+        except OSError:
+            self._unsure.add(generation)
+
+    def _is_written(self, name: str, record: Record) -> bool:
+        try:
+            return self._store.read(name) == record
+        except BrokenRecordError:
+            return False

@@ -1,0 +1,177 @@
+"""peft's adapter_config.json, read as a whitelist: what sets a scale, what has no effect, what is refused.
+
+Knows nothing of tensors. Source: `LoraConfig` of peft 0.21.2.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from adapters.errors import Finding
+from adapters.findings import Findings, short
+from adapters.peft_patterns import Pattern, compile_patterns, first_match, is_number
+
+CONFIG_FILE = "adapter_config.json"
+CONFIG_BYTES = (
+    8 * 1024 * 1024
+)  # peft writes a few kilobytes; every module of a large base by name, a few hundred
+
+DEFAULT_RANK = 8  # peft's defaults, for a config that leaves them out
+DEFAULT_ALPHA = 8
+
+USED = frozenset(
+    {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+)
+
+# No effect on what the tensors mean. The tensors' own keys say which modules are adapted and whether biases
+# were trained; `fan_in_fan_out` is how the base stores its weight: A and B have the same shapes either way.
+NO_EFFECT = frozenset(
+    {
+        *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules"),
+        *("fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config"),
+        *("lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision"),
+        *("runtime_config", "target_modules", "task_type"),
+    }
+)
+
+REFUSED: Mapping[str, str] = {
+    "alora_invocation_tokens": "an activated LoRA changes only the tokens after its invocation tokens",
+    "arrow_config": "Arrow routes between adapters",
+    "ensure_weight_tying": "tied embeddings are trained",
+    "kasa_config": "KaSA scales the singular values of the base",
+    "layer_replication": "the base's layers are repeated",
+    "lora_bias": "a bias is trained beside B",
+    "megatron_config": "the adapter belongs to a Megatron base",
+    "modules_to_save": "whole modules are replaced by trained ones",
+    "monteclora_config": "MonteCLoRA draws its weights",
+    "target_parameters": "parameters outside of linear modules are adapted",
+    "trainable_token_indices": "embeddings of single tokens are trained",
+    "use_bdlora": "the factors are block-diagonal",
+    "use_dora": "DoRA rescales the base's own output",
+    "use_qalora": "QA-LoRA pools the input first",
+    "velora_config": "VeLoRA changes the forward",
+}
+
+# Initialisations that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) subtract the
+# initial B @ A from the base, so the saved tensors are exact on that changed base only.
+PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+CONVERSION = (
+    "save it again with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...), "
+    "which gives a plain LoRA"
+)
+
+PATTERN_SECONDS = 5.0  # for all patterns on all names
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """With what a module was trained."""
+
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """What a config says about ranks and scales."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    rank_pattern: tuple[Pattern, ...]
+    alpha_pattern: tuple[Pattern, ...]
+    base_model: str
+
+    def scale(self, trained: Trained) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        return trained.alpha / (math.sqrt(trained.rank) if self.rslora else trained.rank)
+
+    def trained(self, modules: Iterable[str], findings: Findings) -> dict[str, Trained]:
+        """Rank and alpha of each module, named as in the base it was trained on."""
+        deadline = time.monotonic() + PATTERN_SECONDS
+        found: dict[str, Trained] = {}
+        for module in modules:
+            rank = first_match(self.rank_pattern, module, self.rank)
+            found[module] = Trained(int(rank), first_match(self.alpha_pattern, module, self.alpha))
+            if time.monotonic() > deadline:
+                problem = f"matching the patterns takes more than {PATTERN_SECONDS:g} s"
+                findings.invalid("pattern", Finding(CONFIG_FILE, problem, "write module names as keys"))
+                break
+        return found
+
+
+def parse_config(data: bytes, findings: Findings) -> PeftConfig | None:
+    """Read a config, adding what is wrong with it to the findings; None if nothing can be made of it."""
+    try:
+        raw = json.loads(data, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        findings.invalid("json", Finding(CONFIG_FILE, f"is not JSON: {error}"))
+        return None
+    if not isinstance(raw, dict):
+        findings.invalid("json", Finding(CONFIG_FILE, "is not a JSON object"))
+        return None
+    if "fine_tune_type" in raw or "lora_parameters" in raw:
+        findings.unsupported(
+            "mlx", Finding(CONFIG_FILE, "is a config of mlx-lm", "convert the adapter to peft's format")
+        )
+        return None
+    if raw.get("peft_type") != "LORA":
+        kind = raw.get("peft_type")
+        what = "names no peft_type" if kind is None else f"is of peft_type {short(kind)}"
+        findings.unsupported("peft_type", Finding(CONFIG_FILE, what, "only LORA is served"))
+        return None
+    _check_features(raw, findings)
+    base_model = raw.get("base_model_name_or_path")
+    return PeftConfig(
+        rank=int(_number(raw, "r", DEFAULT_RANK, findings, whole=True)),
+        alpha=_number(raw, "lora_alpha", DEFAULT_ALPHA, findings),
+        rslora=bool(raw.get("use_rslora", False)),
+        rank_pattern=compile_patterns(CONFIG_FILE, raw, "rank_pattern", findings, whole=True),
+        alpha_pattern=compile_patterns(CONFIG_FILE, raw, "alpha_pattern", findings),
+        base_model=base_model if isinstance(base_model, str) else "",
+    )
+
+
+def _check_features(raw: Mapping[str, Any], findings: Findings) -> None:
+    """Refuse every setting that would change the result and is not served. A falsy value means 'not used'."""
+    for key, value in raw.items():
+        if key in USED or key in NO_EFFECT or not value:
+            continue
+        where = f"{CONFIG_FILE}: {short(key)}"
+        if key in REFUSED:
+            findings.unsupported(
+                key, Finding(where, f"{REFUSED[key]}, which is not served", "train without it")
+            )
+        else:
+            problem = (
+                f"is not a setting this server knows, and its value {short(value)} may change the result"
+            )
+            findings.unsupported(
+                "unknown key", Finding(where, problem, "remove it if it has no effect at inference")
+            )
+    init = raw.get("init_lora_weights", True)
+    if not (isinstance(init, bool) or (isinstance(init, str) and init.lower() in PLAIN_INITS)):
+        problem = (
+            f"{short(init)} changed the base's weights at the start of training, so this base is another one"
+        )
+        findings.unsupported("init", Finding(f"{CONFIG_FILE}: init_lora_weights", problem, CONVERSION))
+
+
+def _number(
+    raw: Mapping[str, Any], key: str, default: float, findings: Findings, whole: bool = False
+) -> float:
+    value = raw.get(key, default)
+    if is_number(value, whole):
+        return float(value)
+    wanted = "a whole number above 0" if whole else "a finite number"
+    findings.invalid(key, Finding(f"{CONFIG_FILE}: {key}", f"is {short(value)}, not {wanted}"))
+    return default
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,126 @@
+"""A stored peft folder becomes an `Adapter`: pairs its tensors, checks them against a layout, and reads them.
+
+Knows nothing of archives, of names or of devices. `inspect_adapter` looks at the config and the header alone;
+`read_adapter` reads and scans every value too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adapters.adapter import Adapter, Delta, Layout
+from adapters.errors import AdapterError, Finding
+from adapters.findings import Findings
+from adapters.peft_config import CONFIG_BYTES, CONFIG_FILE, PeftConfig, parse_config
+from adapters.peft_header import TENSOR_FILE, Header, Placed, place
+from adapters.tensor_file import open_tensors
+
+LARGEST = 65504.0  # float16's largest number: a trained weight is nowhere near it
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What config and header tell: the adapter with tensors on the meta device, and its base's name."""
+
+    adapter: Adapter
+    base_model: str
+
+
+def inspect_adapter(
+    folder: Path, generation: str, layout: Layout, dtype: torch.dtype, max_rank: int
+) -> Outline:
+    """Check config, names and shapes; cheap, and blind to the values."""
+    findings = Findings()
+    config, placed = _examine(folder, layout, max_rank, findings)
+    findings.raise_if_any("the adapter")
+    deltas = tuple(
+        Delta(
+            item.site,
+            item.member,
+            torch.empty(item.pair.a.shape, dtype=dtype, device="meta"),
+            torch.empty(item.pair.b.shape[::-1], dtype=dtype, device="meta"),
+            _scale(config, item),
+        )
+        for item in placed
+    )
+    return Outline(Adapter(generation, deltas), config.base_model if config else "")
+
+
+def read_adapter(folder: Path, generation: str, layout: Layout, dtype: torch.dtype, max_rank: int) -> Adapter:
+    """Check everything and read the weights, as contiguous host tensors of `dtype`."""
+    findings = Findings()
+    config, placed = _examine(folder, layout, max_rank, findings)
+    deltas: list[Delta] = []
+    effective = False
+    if placed:
+        with open_tensors(folder / TENSOR_FILE) as file:
+            for item in placed:
+                a, b = file.get_tensor(item.pair.a.name), file.get_tensor(item.pair.b.name)
+                peaks = _peak(a, item.pair.a.name, findings), _peak(b, item.pair.b.name, findings)
+                scale = _scale(config, item)
+                effective = effective or (min(peaks) > 0 and scale != 0)
+                deltas.append(Delta(item.site, item.member, _copy(a, dtype), _copy(b.t(), dtype), scale))
+        if not effective and not findings:
+            problem = "every delta is zero: a fresh adapter with B = 0 changes nothing"
+            findings.invalid("zero", Finding(TENSOR_FILE, problem, "train it, then send it again"))
+    findings.raise_if_any("the adapter")
+    return Adapter(generation, tuple(deltas))
+
+
+def _examine(
+    folder: Path, layout: Layout, max_rank: int, findings: Findings
+) -> tuple[PeftConfig | None, list[Placed]]:
+    """Everything that can be said without a tensor's values."""
+    config = _read_config(folder / CONFIG_FILE, findings)
+    try:
+        with open_tensors(folder / TENSOR_FILE) as file:
+            views = [(name, file.get_slice(name)) for name in file.keys()]  # noqa: SIM118 - not a mapping
+            headers = [Header(name, tuple(view.get_shape()), str(view.get_dtype())) for name, view in views]
+    except AdapterError as error:
+        findings.include(error)
+        return config, []
+    except OSError as error:
+        findings.invalid("file", Finding(TENSOR_FILE, f"cannot be read: {error.strerror or error}"))
+        return config, []
+    return config, place(headers, config, layout, max_rank, findings)
+
+
+def _read_config(path: Path, findings: Findings) -> PeftConfig | None:
+    try:
+        with path.open("rb") as file:
+            data = file.read(CONFIG_BYTES + 1)
+    except OSError as error:
+        findings.invalid("file", Finding(path.name, f"cannot be read: {error.strerror or error}"))
+        return None
+    if len(data) > CONFIG_BYTES:
+        findings.invalid("file", Finding(path.name, f"has more than {CONFIG_BYTES} bytes"))
+        return None
+    return parse_config(data, findings)
+
+
+def _scale(config: PeftConfig | None, item: Placed) -> float:
+    """What the config makes of the module's alpha; without a config there is a finding, and no adapter."""
+    return config.scale(item.trained) if config and item.trained else 0.0
+
+
+def _peak(values: Tensor, name: str, findings: Findings) -> float:
+    """The largest magnitude; NaN, infinity and absurd sizes are findings."""
+    low, high = (float(bound) for bound in torch.aminmax(values))
+    peak = max(-low, high)
+    if low != low or high != high:
+        findings.invalid("nan", Finding(name, "holds NaN", "send a checkpoint from before it diverged"))
+    elif peak == float("inf"):
+        findings.invalid("inf", Finding(name, "holds infinity", "send a checkpoint from before it diverged"))
+    elif peak > LARGEST:
+        problem = f"holds {peak:.3g}, and no trained weight is above {LARGEST:g}"
+        findings.invalid("large", Finding(name, problem, "send a checkpoint from before it diverged"))
+    return peak
+
+
+def _copy(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor of its own, so that nothing keeps the mapped file open."""
+    return torch.empty(values.shape, dtype=dtype).copy_(values)

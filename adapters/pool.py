@@ -1,0 +1,256 @@
+"""Device memory for adapters, in pages of 16 rank rows: who holds which page, and what a page holds.
+
+Knows nothing of names, of files or of how pages are multiplied. One thread, the engine's, calls it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from adapters.adapter import Adapter, Delta, Layout
+from adapters.errors import AdapterError, Finding
+
+PAGE_RANK = 16
+
+PageTable = Mapping[str, tuple[int, ...]]  # group -> page ids; only the groups that the adapter targets
+
+
+@dataclass(frozen=True, slots=True)
+class SitePages:
+    """One site's pages: the raw factors of every resident adapter, and the scale of each page and member."""
+
+    a: Tensor  # [pages, members, 16, in]
+    b: Tensor  # [pages, 16, sum(out)]: the members' outputs side by side
+    scale: Tensor  # [pages, members] float32; 0 where the page's adapter leaves the member alone
+
+
+def page_nbytes(layout: Layout, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of one page of each group: a page id is valid in all layers of its group."""
+    found: dict[str, int] = {}
+    for group, indices in layout.groups.items():
+        sites = [layout.sites[index] for index in indices]
+        elements = sum(
+            PAGE_RANK * (len(site.members) * site.in_features + site.out_features) for site in sites
+        )
+        scales = sum(len(site.members) for site in sites)
+        found[group] = elements * dtype.itemsize + scales * torch.float32.itemsize
+    return found
+
+
+def plan_pages(layout: Layout, dtype: torch.dtype, budget_bytes: int) -> dict[str, int]:
+    """The same number of pages in every group, as many as the budget holds."""
+    each = sum(page_nbytes(layout, dtype).values())
+    if not each:
+        raise ValueError("the base has no adaptable module, so there is nothing to plan pages for")
+    count = budget_bytes // each
+    if count < 1:
+        raise ValueError(
+            f"adapter memory of {budget_bytes} bytes is less than one page of every group ({each} bytes); "
+            f"give it at least {each} bytes"
+        )
+    return dict.fromkeys(layout.groups, count)
+
+
+def pages_needed(adapter: Adapter, layout: Layout) -> dict[str, int]:
+    """Group to the number of pages that the adapter takes there: its largest rank of the group, in pages."""
+    needed: dict[str, int] = {}
+    for delta in adapter.deltas:
+        group = layout.sites[delta.site].group
+        needed[group] = max(needed.get(group, 0), -(-delta.rank // PAGE_RANK))
+    return needed
+
+
+class Pool:
+    """Pages of every group: one free list and one page table per group; admission is all groups or none.
+
+    Eviction takes the generation whose last admit or unpin is the longest ago, and never a pinned one.
+    """
+
+    def __init__(
+        self, layout: Layout, pages: Mapping[str, int], dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        if set(pages) != set(layout.groups) or min(pages.values(), default=1) < 1:
+            raise ValueError(
+                f"every group needs at least one page: {list(layout.groups)}, given {dict(pages)}"
+            )
+        self._layout = layout
+        self._total = dict(pages)
+        self._free = {group: list(range(count))[::-1] for group, count in pages.items()}
+        self._tables: OrderedDict[str, PageTable] = OrderedDict()  # least recently used first
+        self._pins: dict[str, int] = {}
+        self._doomed: set[str] = set()  # forgotten while pinned: freed at the last unpin
+        self._evictions = 0
+        self._sites = tuple(
+            SitePages(
+                a=torch.zeros(
+                    pages[site.group],
+                    len(site.members),
+                    PAGE_RANK,
+                    site.in_features,
+                    dtype=dtype,
+                    device=device,
+                ),
+                b=torch.zeros(pages[site.group], PAGE_RANK, site.out_features, dtype=dtype, device=device),
+                scale=torch.zeros(pages[site.group], len(site.members), dtype=torch.float32, device=device),
+            )
+            for site in layout.sites
+        )
+
+    @property
+    def sites(self) -> tuple[SitePages, ...]:
+        """The page tensors, indexed as the layout's sites; allocated once."""
+        return self._sites
+
+    @property
+    def total(self) -> int:
+        """Pages of all groups."""
+        return sum(self._total.values())
+
+    @property
+    def room(self) -> int:
+        """How many adapters of one page in every group fit together."""
+        return min(self._total.values())
+
+    @property
+    def used(self) -> int:
+        """Pages held by resident generations, over all groups."""
+        return self.total - sum(len(free) for free in self._free.values())
+
+    @property
+    def evictions(self) -> int:
+        """Generations evicted so far to make room."""
+        return self._evictions
+
+    @property
+    def residents(self) -> tuple[str, ...]:
+        """The resident generations, least recently used first."""
+        return tuple(self._tables)
+
+    def resident(self, generation: str) -> bool:
+        """Whether the generation's weights are in pages now."""
+        return generation in self._tables
+
+    def pages(self, generation: str) -> PageTable:
+        """The page table of a resident generation."""
+        assert generation in self._tables, f"{generation} is not resident"
+        return self._tables[generation]
+
+    def fits(self, adapter: Adapter) -> None:
+        """Refuse an adapter that could not be admitted even to an empty pool."""
+        findings = tuple(
+            Finding(group, f"needs {count} pages of {PAGE_RANK} rank rows, the pool has {self._total[group]}")
+            for group, count in pages_needed(adapter, self._layout).items()
+            if count > self._total[group]
+        )
+        if findings:
+            raise AdapterError(
+                "adapter_too_large",
+                f"an adapter of rank {adapter.rank} is larger than the whole adapter pool; "
+                "train a lower rank, or give the server more adapter memory",
+                findings,
+            )
+
+    def admit(self, adapter: Adapter) -> bool:
+        """Make the adapter resident, evicting the least recently used if need be; False if that won't do."""
+        generation = adapter.generation
+        if generation in self._tables:
+            self._doomed.discard(generation)
+            self._tables.move_to_end(generation)
+            return True
+        needed = pages_needed(adapter, self._layout)
+        victims = self._victims(needed)
+        if victims is None:
+            return False
+        for victim in victims:
+            self._release(victim)
+            self._evictions += 1
+        table = {
+            group: tuple(self._free[group].pop() for _ in range(count)) for group, count in needed.items()
+        }
+        self._tables[generation] = MappingProxyType(table)
+        self._copy(adapter, table)
+        return True
+
+    def pin(self, generation: str) -> None:
+        """Hold a resident generation's pages; counted."""
+        assert generation in self._tables, f"{generation} is not resident"
+        self._pins[generation] = self._pins.get(generation, 0) + 1
+
+    def unpin(self, generation: str) -> None:
+        """Undo one pin; at the last one a forgotten generation is freed."""
+        count = self._pins.get(generation, 0)
+        assert count > 0, f"{generation} is not pinned"
+        self._tables.move_to_end(generation)
+        if count > 1:
+            self._pins[generation] = count - 1
+            return
+        del self._pins[generation]
+        if generation in self._doomed:
+            self._release(generation)
+
+    def forget(self, generation: str) -> None:
+        """Free the generation's pages, now or at its last unpin. One that is not resident is left alone."""
+        if generation in self._pins:
+            self._doomed.add(generation)
+        elif generation in self._tables:
+            self._release(generation)
+
+    def check(self) -> None:
+        """Every page is free or held by exactly one generation, and the books agree."""
+        for group, total in self._total.items():
+            held = [page for table in self._tables.values() for page in table.get(group, ())]
+            assert sorted(held + self._free[group]) == list(range(total)), f"pages lost or shared in {group}"
+        assert all(self._tables.values()), "a resident generation holds no page"
+        assert all(count > 0 for count in self._pins.values()), "a pin count of zero is kept"
+        assert self._pins.keys() <= self._tables.keys(), "a pinned generation is not resident"
+        assert self._doomed <= self._pins.keys(), "a forgotten generation is kept without a pin"
+        assert 0 <= self.used <= self.total
+
+    def _victims(self, needed: Mapping[str, int]) -> list[str] | None:
+        """Whom to evict so that `needed` is free, oldest first; None if even all unpinned would not do."""
+        lacking = {group: count - len(self._free[group]) for group, count in needed.items()}
+        victims: list[str] = []
+        for generation, table in self._tables.items():
+            if generation in self._pins or not any(lacking.get(group, 0) > 0 for group in table):
+                continue
+            victims.append(generation)
+            for group, held in table.items():
+                if group in lacking:
+                    lacking[group] -= len(held)
+        return victims if all(count <= 0 for count in lacking.values()) else None
+
+    def _release(self, generation: str) -> None:
+        for group, held in self._tables.pop(generation).items():
+            self._free[group].extend(held)
+        self._doomed.discard(generation)
+
+    def _copy(self, adapter: Adapter, table: PageTable) -> None:
+        """Host to device: overwrite every row of the taken pages, with zeros where the adapter has none."""
+        deltas = {(delta.site, delta.member): delta for delta in adapter.deltas}
+        for group, held in table.items():
+            for index in self._layout.groups[group]:
+                column = 0
+                for position, member in enumerate(self._layout.sites[index].members):
+                    columns = slice(column, column + member.out_features)
+                    column = columns.stop
+                    for order, page in enumerate(held):
+                        delta = deltas.get((index, position))
+                        _fill(self._sites[index], page, position, columns, delta, order * PAGE_RANK)
+
+
+def _fill(pages: SitePages, page: int, member: int, columns: slice, delta: Delta | None, first: int) -> None:
+    """Write one member's share of one page: the delta's rank rows from `first` on, then zeros."""
+    rows = 0 if delta is None else min(max(delta.rank - first, 0), PAGE_RANK)
+    a, b = pages.a[page, member], pages.b[page, :, columns]
+    if delta is not None and rows:
+        a[:rows].copy_(delta.a[first : first + rows])
+        b[:rows].copy_(delta.b[first : first + rows])
+    a[rows:].zero_()
+    b[rows:].zero_()
+    pages.scale[page, member] = delta.scale if delta is not None and rows else 0.0

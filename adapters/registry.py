@@ -1,0 +1,238 @@
+"""Names and who uses them: a name resolves to a generation, moves atomically, and keeps its history.
+
+The one owner of references. Knows nothing of HTTP, of host memory or of the device.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock, RLock
+
+import torch
+
+from adapters.adapter import Adapter, Layout
+from adapters.appraiser import Appraiser
+from adapters.entry import Entry, Facts, Put, Reference
+from adapters.errors import AdapterError, Finding
+from adapters.names import Held, Names
+from adapters.records import Version, check_name
+from adapters.sources import copy_folder, unpack
+from adapters.store import Store, hash_folder
+
+__all__ = ["Entry", "Put", "Reference", "Registry", "Version"]
+
+DEFAULT_MAX_BYTES = 2 * 1024**3
+DEFAULT_KEEP_VERSIONS = 5
+
+
+@contextmanager
+def _full_disk_named() -> Iterator[None]:
+    """A full disk is told to the client; other failures of the disk are the server's own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        problem = "the adapter store's disk is full, and nothing was changed; delete adapters or make room"
+        raise AdapterError("store_full", problem) from error
+
+
+class Registry:
+    """Every name of one store, for one base.
+
+    One lock guards what is in memory and is held for moments: `resolve` and `release` never wait for a disk.
+    Changes take turns behind a second one, since a disk is slow; an upload is checked before its turn.
+
+    `fits` raises AdapterError for an adapter that could never be served; at start it is given adapters whose
+    tensors are on the meta device. `on_unreferenced` is told of a generation that no name points at and that
+    nobody holds, on the thread that let go of it, and maybe more than once.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        layout: Layout,
+        dtype: torch.dtype,
+        max_rank: int,
+        fits: Callable[[Adapter], None],
+        *,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        keep_versions: int = DEFAULT_KEEP_VERSIONS,
+        on_unreferenced: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.store = store
+        self._appraiser = Appraiser(layout, dtype, max_rank, fits)
+        self._max_bytes = max_bytes
+        self._on_unreferenced = on_unreferenced
+        self._lock = RLock()
+        self._writing = Lock()
+        self._references: dict[str, set[Reference]] = {}
+        self._names = Names(store, self._lock, self._appraiser.inspect, keep_versions, clock)
+        self.sweep()
+
+    def put_archive(self, name: str, archive: Path, if_match: str | None = None) -> Put:
+        """Check an uploaded archive to the last value, store it, and move the name to it."""
+        return self._put(
+            name, if_match, lambda into: unpack(archive, into, self._max_bytes, self.store.files)
+        )
+
+    def put_folder(self, name: str, folder: Path, if_match: str | None = None) -> Put:
+        """The same for a folder on this machine."""
+        return self._put(name, if_match, lambda into: copy_folder(folder, into, self.store.files))
+
+    def resolve(self, name: str, key: str | None = None) -> Reference:
+        """Hold the generation that the name points at. `key` will choose among several targets."""
+        with self._lock:
+            held = self._names.known(name)
+            if not held.ready:
+                raise AdapterError("invalid_adapter", f"adapter {name} cannot be served", held.facts.findings)
+            reference = Reference(name, held.generation, self._release)
+            self._references.setdefault(held.generation, set()).add(reference)
+        return reference
+
+    def read(self, generation: str) -> Adapter:
+        """The weights of a stored generation: what a Loader reads with."""
+        folder = self.store.folder(generation)
+        try:
+            return self._appraiser.read(folder, generation)
+        except (AdapterError, OSError) as error:
+            problem = f"generation {generation} could not be read back from {folder}"
+            findings = (
+                error.findings if isinstance(error, AdapterError) else (Finding(str(folder), str(error)),)
+            )
+            raise AdapterError("adapter_load_failed", problem, findings) from error
+
+    def entries(self) -> list[Entry]:
+        """All names, sorted."""
+        with self._lock:
+            return [self._entry(name, held) for name, held in self._names.all()]
+
+    def entry(self, name: str) -> Entry:
+        """One name."""
+        with self._lock:
+            return self._entry(name, self._names.known(name))
+
+    def versions(self, name: str) -> list[Version]:
+        """The present version and those that `rollback` can return to, newest first."""
+        record = self._names.known(name).record
+        return [record.version, *reversed(record.history)] if record else []
+
+    @_full_disk_named()
+    def rollback(self, name: str, to: int | str, if_match: str | None = None) -> Entry:
+        """Move the name, as a new revision, to an earlier one of its history: a revision or a generation."""
+        with self._writing:
+            self._names.expect(name, if_match)
+            versions = self.versions(name)
+            found = [version for version in versions if to in (version.revision, version.generation)]
+            if not found:
+                kept = ", ".join(str(version.revision) for version in versions) or "none"
+                raise AdapterError("adapter_not_found", f"adapter {name} has no version {to}; it has {kept}")
+            before, after = versions[0].generation, found[0].generation
+            if after != before:
+                facts = self._names.facts(after)
+                if facts.findings:
+                    problem = f"version {to} of adapter {name} cannot be served"
+                    raise AdapterError("invalid_adapter", problem, facts.findings)
+                self._change(lambda: self._names.move(name, after, facts))
+            entry = self.entry(name)
+        self._tell(before)
+        return entry
+
+    @_full_disk_named()
+    def delete(self, name: str, if_match: str | None = None) -> None:
+        """Remove a name. Requests that hold its generation go on."""
+        with self._writing:
+            self._names.expect(name, if_match)
+            held = self._names.known(name)
+            self._change(lambda: self._names.remove(name))
+        self._tell(held.generation)
+
+    def sweep(self) -> None:
+        """Remove from disk what no name's history has and nobody holds; every change does it too."""
+        with self._writing:
+            self._names.sweep(lambda: self._references)
+
+    def check(self) -> None:
+        """Memory and disk agree, and whatever is held or pointed at is there."""
+        with self._writing, self._lock:
+            self._names.check(self._references.keys())
+            assert all(self._references.values()), "an empty set of references is kept"
+
+    @_full_disk_named()
+    def _put(self, name: str, if_match: str | None, fetch: Callable[[Path], None]) -> Put:
+        check_name(name)
+        self._names.expect(name, if_match)
+        folder = self.store.incoming()
+        try:
+            fetch(folder)
+            generation = hash_folder(folder)
+            if self._is_at(name, generation):
+                return Put(self.entry(name), created=False)
+            facts = self._appraiser.validate(folder, generation)
+            self.store.sync(folder)
+            with self._writing:
+                before = self._names.expect(name, if_match)
+                created = not self._is_at(name, generation)
+                if created:
+                    self._change(lambda: self._keep(name, folder, generation, facts))
+                entry = self.entry(name)
+        finally:
+            self.store.discard(folder)
+        if before:
+            self._tell(before.generation)
+        return Put(entry, created)
+
+    def _keep(self, name: str, folder: Path, generation: str, facts: Facts) -> None:
+        self._names.keep(folder, generation)
+        self._names.move(name, generation, facts)
+
+    def _change(self, change: Callable[[], None]) -> None:
+        """Do it, and clean up after it, also where it failed half-way; the turn is ours."""
+        try:
+            change()
+        finally:
+            self._names.sweep(lambda: self._references)
+
+    def _is_at(self, name: str, generation: str) -> bool:
+        held = self._names.get(name)
+        return held is not None and held.ready and held.generation == generation
+
+    def _release(self, reference: Reference) -> None:
+        with self._lock:
+            holders = self._references.get(reference.generation, set())
+            if reference not in holders:
+                return
+            holders.discard(reference)
+            if holders:
+                return
+            del self._references[reference.generation]
+        self._tell(reference.generation)
+
+    def _tell(self, generation: str) -> None:
+        """Call the hook if no name points at the generation and nobody holds it."""
+        with self._lock:
+            used = generation in self._references or self._names.points_at(generation)
+        if generation and not used and self._on_unreferenced:
+            self._on_unreferenced(generation)
+
+    def _entry(self, name: str, held: Held) -> Entry:
+        record, facts = held.record, held.facts
+        return Entry(
+            name=name,
+            generation=held.generation,
+            revision=record.revision if record else 0,
+            created=record.created if record else 0,
+            updated=record.updated if record else 0,
+            nbytes=facts.nbytes,
+            rank=facts.rank,
+            modules=facts.modules,
+            base_model=facts.base_model,
+            state="ready" if held.ready else "incompatible",
+            references=len(self._references.get(held.generation, ())),
+            findings=facts.findings,
+        )

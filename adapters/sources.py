@@ -1,0 +1,154 @@
+"""Where an adapter's two files come from: an archive that nobody vouches for, or a folder of the operator's.
+
+Only two base names are ever written, flat, and never a path from inside an archive; other files are neither
+opened nor written. Knows nothing of what the files hold, nor of an archive's format.
+"""
+
+from __future__ import annotations
+
+import gzip
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from adapters.archives import CHUNK, Budget, Entry, tar_entries, zip_entries
+from adapters.errors import AdapterError
+from adapters.files import FileOps
+from adapters.store import FILES
+from adapters.tensor_file import CONVERTER, looks_like_pickle, looks_like_safetensors
+
+ENTRIES = 64
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+CURE = (
+    "send both files in one archive: zip adapter.zip adapter_config.json adapter_model.safetensors && "
+    "curl -T adapter.zip http://HOST:PORT/v1/adapters/NAME"
+)
+
+# What the standard readers raise on damaged input.
+DAMAGE = (
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile),
+    *(EOFError, ValueError, NotImplementedError, RecursionError, OverflowError, IndexError, KeyError),
+)
+
+
+def unpack(archive: Path, into: Path, max_bytes: int, files: FileOps | None = None) -> None:
+    """Write the two files of a zip, tar or tar.gz of a peft folder into `into`."""
+    size = archive.stat().st_size
+    budget = Budget(size, max_bytes)
+    with archive.open("rb") as file:
+        head = file.read(512)
+        file.seek(0)
+        try:
+            if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
+                entries = zip_entries(file, budget)
+            elif head[:2] == b"\x1f\x8b":
+                entries = tar_entries(gzip.GzipFile(fileobj=file), budget)
+            elif head[257:262] == b"ustar":
+                entries = tar_entries(file, budget)
+            else:
+                raise invalid(_what_else(head))
+            _take(entries, into, files or FileOps())
+        except DAMAGE as error:
+            problem = f"the archive is damaged or cut short: {type(error).__name__}: {error}"
+            raise invalid(f"{problem}; make it and send it again") from error
+
+
+def copy_folder(folder: Path, into: Path, files: FileOps | None = None) -> None:
+    """Copy the two files of a peft folder into `into`; links are followed: model caches are made of them."""
+    present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if not present:
+        raise AdapterError("invalid_adapter", f"{folder} is not a folder, or it is empty")
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise AdapterError("invalid_adapter", f"{folder} holds {_without(missing, present)}")
+    for name in FILES:
+        (files or FileOps()).copy(folder / name, into / name)
+
+
+def _take(entries: Iterable[Entry], into: Path, files: FileOps) -> None:
+    """Check every entry, and write the two that are wanted."""
+    taken: dict[str, PurePosixPath] = {}
+    present: list[str] = []
+    for entry in entries:
+        path = _safe_path(entry)
+        present.append(entry.name)
+        if len(present) > ENTRIES:
+            raise invalid(f"the archive has more than {ENTRIES} entries; {CURE}")
+        name = path.name.lower()
+        if entry.kind == "folder" or name not in FILES:
+            continue
+        if name in taken:
+            raise invalid(f"the archive holds {name} twice, as {taken[name]} and as {path}; send one adapter")
+        taken[name] = path
+        files.write(into / name, _chunks(entry))
+    missing = [name for name in FILES if name not in taken]
+    if missing:
+        raise invalid(f"the archive holds {_without(missing, present)}")
+    config, tensors = (taken[name] for name in FILES)
+    if config.parent != tensors.parent:
+        raise invalid(f"the two files are in different folders, {config} and {tensors}; {CURE}")
+
+
+def _chunks(entry: Entry) -> Iterator[bytes]:
+    reader = entry.open()
+    while chunk := reader.read(CHUNK):
+        yield chunk
+
+
+def _safe_path(entry: Entry) -> PurePosixPath:
+    """An entry's path, once it cannot lead out of the archive."""
+    path = PurePosixPath(entry.name)
+    if entry.kind == "other":
+        raise invalid(
+            f"{entry.name!r} is a link or a device, which is never unpacked; archive the files themselves"
+        )
+    if path.is_absolute() or ".." in path.parts or any(sign in entry.name for sign in "\\\0:"):
+        raise invalid(
+            f"{entry.name!r} is a path that leads out of the archive; archive the folder from inside"
+        )
+    return path
+
+
+def _without(missing: list[str], present: list[str]) -> str:
+    """That files are missing, and what was there instead."""
+    names = [PurePosixPath(name).name for name in present]
+    said = f"no {' and no '.join(missing)}, but {', '.join(map(repr, present[:5])) or 'nothing'}"
+    said += f" and {len(present) - 5} more" if len(present) > 5 else ""
+    if "adapter_model.safetensors" not in missing:
+        return f"{said}; {CURE}"
+    if (
+        any(name.startswith("adapter_model") and name.endswith(PICKLES) for name in names)
+        or "data.pkl" in names
+    ):
+        return f"{said}; a PyTorch pickle is never loaded: {CONVERTER}"
+    if "adapters.safetensors" in names:
+        return f"{said}; adapters.safetensors is written by mlx-lm: convert it to peft's format"
+    return f"{said}; {CURE}"
+
+
+def _what_else(head: bytes) -> str:
+    """A file that is no archive, by its first bytes."""
+    if looks_like_safetensors(head):
+        return f"this is a bare .safetensors file, and its adapter_config.json is needed too; {CURE}"
+    if looks_like_pickle(head):
+        return f"this is a PyTorch pickle, which is never loaded: {CONVERTER}"
+    known = {
+        b"GGUF": "a GGUF file; send the peft adapter it was made from",
+        b"BZh": f"a bzip2 file; {CURE}",
+        b"\xfd7zXZ": f"an xz file; {CURE}",
+        b"\x28\xb5\x2f\xfd": f"a zstandard file; {CURE}",
+        b"7z\xbc\xaf": f"a 7z archive; {CURE}",
+        b"Rar!": f"a rar archive; {CURE}",
+        b"{": f"a JSON file; {CURE}",
+    }
+    for magic, what in known.items():
+        if head.startswith(magic):
+            return f"this is {what}"
+    return f"this is {'an empty file' if not head else 'not a zip, tar or tar.gz archive'}; {CURE}"
+
+
+def invalid(message: str) -> AdapterError:
+    """The archive is refused."""
+    return AdapterError("invalid_archive", message)

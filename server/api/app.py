@@ -1,0 +1,25 @@
+"""Builds the app from its settings and the holder of what it serves. No globals: two apps may coexist."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from server.api import adapters, chat, completions, envelope, health, models
+from server.api.asgi import Frame
+from server.api.state import Edge
+from server.config import Settings
+from server.metrics import Metrics
+from server.serving import Serving
+from server.version import VERSION
+
+
+def create_app(settings: Settings, serving: Serving) -> FastAPI:
+    """The HTTP app. It answers at once; what needs the model is refused until `serving` is ready."""
+    app = FastAPI(title="loraplex", version=VERSION, redirect_slashes=False)
+    metrics = Metrics(serving)
+    app.state.edge = Edge(settings, serving, metrics)
+    for routes in (completions, chat, models, adapters, health):
+        app.include_router(routes.router)
+    envelope.install(app)
+    app.add_middleware(Frame, metrics=metrics)
+    return app

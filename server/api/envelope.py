@@ -1,0 +1,105 @@
+"""How an error looks on the wire: `{"error": {"message", "type", "param", "code"}}`, its status, its headers.
+
+The one place that turns exceptions into bytes. Knows nothing of what raised them.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from adapters.errors import AdapterError
+from server.api.validation import first_error
+from server.errors import AdapterRejectedError, LoraplexError
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE = 2000  # characters; messages quote what the client sent
+RETRY_AFTER = {429: "1", 503: "5"}  # seconds; OpenAI's clients ignore anything above 120
+NO_RETRY = frozenset({409, 507})  # OpenAI's clients would repeat these, and nothing would change
+CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+
+
+def as_error(error: Exception) -> LoraplexError:
+    """Any exception as one that a client may see; what is our own mistake is logged and not shown."""
+    match error:
+        case LoraplexError():
+            return error
+        case AdapterError():
+            return AdapterRejectedError(error)
+        case _:
+            logger.error("internal error", exc_info=error)
+            return LoraplexError("internal error; the server's log has the reason")
+
+
+def envelope(error: LoraplexError) -> dict[str, Any]:
+    """The error's body, also sent as an event when a stream has begun."""
+    kind = error.type
+    if isinstance(error, AdapterRejectedError):
+        kind = "server_error" if error.http_status >= 500 else "invalid_request_error"
+    body = _body(error.message, kind, error.param, error.code)
+    if error.details:
+        body["error"]["details"] = [
+            {"where": finding.where, "problem": finding.problem, "cure": finding.cure}
+            for finding in error.details
+        ]
+    return body
+
+
+def error_response(error: Exception) -> Response:
+    """The whole answer to a request that failed before anything was sent."""
+    shown = as_error(error)
+    return _response(shown.http_status, envelope(shown))
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of `app` with an envelope; what no handler knows reaches `server/api/asgi.py`."""
+
+    async def ours(_: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(first_error(error.errors()))
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _http_error(request, error)
+
+    app.add_exception_handler(LoraplexError, ours)
+    app.add_exception_handler(AdapterError, ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+
+
+def _http_error(request: Request, error: HTTPException) -> Response:
+    """The framework's own refusals: no such route, or not with this method."""
+    messages = {
+        404: f"no route {request.method} {request.url.path}",
+        405: f"{request.url.path} does not answer {request.method}",
+    }
+    message = messages.get(error.status_code, str(error.detail))
+    code = CODES.get(error.status_code, "invalid_value")
+    response = _response(error.status_code, _body(message, "invalid_request_error", None, code))
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _body(message: str, kind: str, param: str | None, code: str) -> dict[str, Any]:
+    return {"error": {"message": message[:MAX_MESSAGE], "type": kind, "param": param, "code": code}}
+
+
+def _response(status: int, body: dict[str, Any]) -> Response:
+    headers = {}
+    if status in RETRY_AFTER:
+        headers["retry-after"] = RETRY_AFTER[status]
+    if status in NO_RETRY:
+        headers["x-should-retry"] = "false"
+    if status == 413:
+        headers["connection"] = "close"  # the rest of the body is not read
+    return Response(orjson.dumps(body), status, headers, "application/json")

@@ -1,0 +1,64 @@
+"""GET /v1/models: the base and every adapter that is ready, as models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter
+
+from server.api.state import Edge, EdgeOf
+from server.errors import ModelNotFoundError
+from server.serving import Served
+
+if TYPE_CHECKING:
+    from adapters.entry import Entry
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+
+@router.get("")
+def list_models(edge: EdgeOf) -> dict[str, Any]:
+    """The base first, then its adapters by name."""
+    return {"object": "list", "data": _models(edge)}
+
+
+@router.get("/{id:path}")
+def get_model(id: str, edge: EdgeOf) -> dict[str, Any]:
+    """One model by the id it is listed under, by `base:adapter`, or the base by its path."""
+    served = edge.serving.ready()
+    base, _, adapter = id.rpartition(":")
+    wanted = adapter if base in edge.base_names(served) else id
+    wanted = served.name if wanted in edge.base_names(served) else wanted
+    for model in _models(edge):
+        if model["id"] == wanted:
+            return model
+    raise ModelNotFoundError(
+        f"no model {id!r}; GET /v1/models lists the base and its adapters", param="model"
+    )
+
+
+def _models(edge: Edge) -> list[dict[str, Any]]:
+    served = edge.serving.ready()
+    base = {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "loraplex",
+        "root": edge.settings.model,
+        "parent": None,
+        "max_model_len": served.max_model_len,
+    }
+    ready = [entry for entry in served.registry.entries() if entry.state == "ready"]
+    return [base, *(_adapter(entry, served) for entry in sorted(ready, key=lambda entry: entry.name))]
+
+
+def _adapter(entry: Entry, served: Served) -> dict[str, Any]:
+    return {
+        "id": entry.name,
+        "object": "model",
+        "created": int(entry.created),
+        "owned_by": "loraplex",
+        "root": entry.generation,
+        "parent": served.name,
+        "max_model_len": served.max_model_len,
+    }

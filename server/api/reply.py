@@ -1,0 +1,127 @@
+"""Answers a generation request, whole or as a stream: selection, submission, disconnects, clean-up.
+
+Shared by completions and chat, which differ in the `Format` they bring and in how they make token ids.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from fastapi import Request, Response
+
+from server.api.asgi import request_id_of
+from server.api.disconnect import unless_gone
+from server.api.envelope import as_error, envelope
+from server.api.generation import Generation, Piece
+from server.api.schemas.generation import GenerationRequest, StreamOptions
+from server.api.selection import Target, select
+from server.api.sse import DONE, EventStream, event
+from server.api.state import Edge
+from server.api.submits import Ids, Lengths, submits_for
+from server.errors import InvalidRequestError
+from server.serving import Served
+
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one endpoint spells its answers."""
+
+    id_prefix: str
+    whole: str  # the `object` of a whole answer
+    chunk: str  # and of a chunk
+    choice: Callable[[str], Fields]  # a whole choice's text
+    delta: Callable[[str, bool], Fields]  # a piece of text; whether it is the choice's first
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request on its way: who asked, for what, in which format."""
+
+    request: Request
+    edge: Edge
+    served: Served
+    body: GenerationRequest
+    format: Format
+
+
+async def answer(call: Call, lengths: Lengths, encode: Callable[[], Awaitable[Sequence[Ids]]]) -> Response:
+    """The response to `call`. Every path out of here releases the adapter and ends the sequences."""
+    body, served, edge, receive = call.body, call.served, call.edge, call.request.receive
+    async with AsyncExitStack() as stack:
+        target = select(served, edge.base_names(served), body.model, body.adapter)
+        stack.callback(target.release)
+        prompts = await encode()
+        most = edge.settings.max_queued_requests
+        if len(prompts) * body.n > most:
+            raise InvalidRequestError(f"prompts times n must be at most {most}", param="prompt")
+        submits = submits_for(body, lengths, prompts, served, target.generation)
+        prompt_tokens = sum(map(len, prompts))
+        generation = Generation(served, edge.metrics, target.adapter, submits, body.stops, prompt_tokens)
+        stack.push_async_callback(generation.aclose)
+        head = _head(call, target)
+        if not body.stream:
+            whole = await unless_gone(receive, _whole(generation, call.format, head))
+            return Response(orjson.dumps(whole), 200, target.headers, "application/json")
+        first = await unless_gone(receive, anext(generation))
+        options = body.stream_options or StreamOptions()
+        chunks = _chunks(generation, first, call.format, {**head, "object": call.format.chunk}, options)
+        return EventStream(chunks, stack.pop_all().aclose, target.headers)
+
+
+def _head(call: Call, target: Target) -> Fields:
+    return {
+        "id": call.format.id_prefix + request_id_of(call.request),
+        "object": call.format.whole,
+        "created": int(time.time()),
+        **target.labels,
+    }
+
+
+async def _whole(generation: Generation, format: Format, head: Mapping[str, Any]) -> Fields:
+    texts: list[list[str]] = [[] for _ in range(generation.choices)]
+    ends: dict[int, Fields] = {}
+    async for piece in generation:
+        texts[piece.choice].append(piece.text)
+        if piece.finish_reason is not None:
+            ends[piece.choice] = _end(piece)
+    choices = [
+        {"index": index, **format.choice("".join(parts)), "logprobs": None, **ends[index]}
+        for index, parts in enumerate(texts)
+    ]
+    return {**head, "choices": choices, "usage": generation.usage}
+
+
+async def _chunks(
+    generation: Generation, first: Piece, format: Format, head: Mapping[str, Any], options: StreamOptions
+) -> AsyncGenerator[bytes, None]:
+    """The events of a stream; an error becomes an event, because the status has been sent."""
+    begun: set[int] = set()
+
+    def chunk(piece: Piece) -> bytes:
+        delta = format.delta(piece.text, piece.choice not in begun)
+        begun.add(piece.choice)
+        choice = {"index": piece.choice, **delta, "logprobs": None, **_end(piece)}
+        usage = generation.usage if options.continuous_usage_stats else None
+        return event({**head, "choices": [choice], **({"usage": usage} if counted else {})})
+
+    counted = options.include_usage or options.continuous_usage_stats
+    try:
+        yield chunk(first)
+        async for piece in generation:
+            yield chunk(piece)
+        if options.include_usage:
+            yield event({**head, "choices": [], "usage": generation.usage})
+    except Exception as error:
+        yield event(envelope(as_error(error)))
+    yield DONE
+
+
+def _end(piece: Piece) -> Fields:
+    return {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}

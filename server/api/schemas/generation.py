@@ -1,0 +1,129 @@
+"""The fields that completions and chat have in common, and those that are known but not served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import PydanticCustomError, ValidationError
+
+from server.errors import InvalidRequestError, UnsupportedParameterError
+
+MAX_CHOICES = 16  # `n`
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+MAX_STOP_IDS = 256
+
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    # parameter -> the values that change nothing, beside null; anything else is refused
+    "add_special_tokens": (True,),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "ebnf": (),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "include_stop_str_in_output": (False,),
+    "json_schema": (),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "lora_path": (),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "no_stop_trim": (False,),
+    "presence_penalty": (0,),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "regex": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "top_logprobs": (0,),
+    "truncate_prompt_tokens": (),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+}
+
+
+def described(message: str) -> WrapValidator:
+    """One error in words for a union of shapes, in place of one per shape."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("shape", "{words}", {"words": message}) from None
+
+    return WrapValidator(validate)
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stop = Annotated[
+    StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)],
+    described(f"must be a string or at most {MAX_STOPS} strings, of 1 to {MAX_STOP_LENGTH} characters each"),
+]
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class GenerationRequest(BaseModel):
+    """What both kinds of request say about who answers and how tokens are chosen."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    model: str | None = Field(None, min_length=1)
+    adapter: str | None = Field(None, min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=-1)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    best_of: int | None = Field(None, ge=1)
+    stop: Stop | None = None
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_IDS)
+    ignore_eos: bool = False
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def refuse_unsupported(self, neutral: Mapping[str, tuple[object, ...]] = NEUTRAL) -> None:
+        """Raise for a parameter that asks for something we would not do; unknown ones are ignored."""
+        extra = self.model_extra or {}
+        for name in neutral.keys() & extra.keys():
+            if extra[name] is not None and not any(_same(extra[name], value) for value in neutral[name]):
+                raise UnsupportedParameterError(
+                    f"{name} is not supported by this server; leave it out", param=name
+                )
+        if self.best_of is not None and self.best_of != self.n:
+            raise UnsupportedParameterError("best_of is not supported other than equal to n", param="best_of")
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError(
+                "stream_options is only allowed when stream is true", param="stream_options"
+            )
+
+
+def _same(value: object, neutral: object) -> bool:
+    """Equal, and not a number for a boolean: `logprobs: 0` asks for something, `logprobs: false` does not."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)

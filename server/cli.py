@@ -1,0 +1,110 @@
+"""The `loraplex` command: flags in, exit code out. Answers `--help` without importing torch or transformers.
+
+Knows nothing of how a server runs: `server/process.py` does that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+from server.config import CONFIG_FILE, GIB, Settings, SettingsError, flag, load_settings
+from server.version import VERSION
+
+USAGE = 2  # exit code for a command that cannot be carried out as typed
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see `{self.prog} --help`", file=sys.stderr)
+        raise SystemExit(USAGE)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is 0 for done, 1 for failed, 2 for a wrong command."""
+    parser = build_parser()
+    known, unknown = parser.parse_known_args(arguments)
+    values = vars(known)
+    command = values.pop("command")
+    if unknown:
+        parser.error(_unknown(unknown[0]))
+    match command:
+        case "version":
+            print(f"loraplex {VERSION}")
+            return 0
+        case _:
+            return _serve(values)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, made from the fields of `Settings`."""
+    parser = _Parser(prog="loraplex", description="Many LoRA adapters on one quantized base model.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    serve = commands.add_parser(
+        "serve",
+        help="serve a base model and its adapters over HTTP",
+        description="Serve a base model and its adapters over HTTP. Every flag may also be given as an "
+        "environment variable (--port as LORAPLEX_PORT) or as a key of the YAML file named by --config.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    serve.add_argument(f"--{CONFIG_FILE}", type=Path, metavar="FILE", help="YAML file with further settings")
+    for name, field in Settings.model_fields.items():
+        text = (field.description or "") + _default(name, field.default)
+        serve.add_argument(*_spelling(name), help=text.replace("%", "%%"), **_kind(name, field.annotation))
+    commands.add_parser("version", help="print the version")
+    return parser
+
+
+def _spelling(name: str) -> list[str]:
+    if name == "model":
+        return [name]
+    return ["-q", flag(name)] if name == "quantization" else [flag(name)]
+
+
+def _kind(name: str, annotation: Any) -> Mapping[str, Any]:
+    """How argparse should take one field; values stay text here, and `Settings` reads them."""
+    if name == "model":
+        return {"nargs": "?", "metavar": "MODEL"}
+    if annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if name == "lora_modules":
+        return {"action": "append", "metavar": "NAME=PATH"}
+    options = [option for option in get_args(annotation) if isinstance(option, str)]
+    metavar = "{" + ",".join(options) + "}" if options else name.rpartition("_")[2].upper()
+    return {"metavar": metavar}
+
+
+def _default(name: str, value: object) -> str:
+    if not isinstance(value, str | int | float) or value is False:
+        return ""
+    shown = f"{int(value) // GIB}GiB" if name.endswith("_bytes") else value
+    return f" (default {shown})"
+
+
+def _unknown(argument: str) -> str:
+    flags = [flag(name) for name in Settings.model_fields if name != "model"] + [f"--{CONFIG_FILE}"]
+    close = difflib.get_close_matches(argument.partition("=")[0], flags, n=1)
+    return f"unknown argument {argument}" + (f", did you mean {close[0]}?" if close else "")
+
+
+def _serve(values: dict[str, Any]) -> int:
+    config = values.pop(CONFIG_FILE, None)
+    try:
+        settings = load_settings(values, config)
+    except SettingsError as error:
+        print(f"loraplex serve: {error}", file=sys.stderr)
+        return USAGE
+    from server.process import run
+
+    return run(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""The life of a serving process: bind, load on a thread, serve, drain, leave with an exit code.
+
+Knows nothing of models: `server/startup.py` loads one into `Serving`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from server.api.app import create_app
+from server.config import Settings
+from server.serving import Serving
+from server.version import VERSION
+
+logger = logging.getLogger(__name__)
+
+Load = Callable[[Settings, Serving], None]
+FAILED, USAGE = 1, 2
+TICK = 0.05  # seconds between looks at the load, the engine and the drain
+STOP_SECONDS = 10.0  # for the engine to leave after its last sequence
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers, which would stop at once and exit by the signal."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def run(settings: Settings, load: Load | None = None) -> int:
+    """Serve until told to stop; the exit code says how it went."""
+    _log_to_stderr(settings.log_level)
+    try:
+        listener = _bind(settings.host, settings.port)
+    except OSError as error:
+        print(f"loraplex serve: {_cannot_bind(settings, error)}", file=sys.stderr)
+        return USAGE
+    with listener:
+        url = _url(settings.host, listener.getsockname()[1])
+        _print_banner(settings, url)
+        life = Life(settings, url, load or _startup_load)
+        with asyncio.Runner(loop_factory=life.loop_factory) as runner:
+            return runner.run(life.live(listener))
+
+
+class Life:
+    """One process from its bound port to its exit code."""
+
+    def __init__(self, settings: Settings, url: str, load: Load) -> None:
+        self._settings = settings
+        self._url = url
+        self._load = load
+        self._serving = Serving()
+        config = uvicorn.Config(
+            create_app(settings, self._serving),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=int(settings.shutdown_timeout + STOP_SECONDS),
+        )
+        self._server = _Server(config)
+        self.loop_factory = config.get_loop_factory()
+        self._drains: asyncio.Task[None] | None = None  # set by the first signal
+        self._exit_code = 0
+
+    async def live(self, listener: socket.socket) -> int:
+        """Load beside serving; return when the server has stopped."""
+        began = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        loading = threading.Thread(target=self._load_model, name="load", daemon=True)
+        loading.start()
+        watching = asyncio.create_task(self._watch(began))
+        await self._server.serve(sockets=[listener])
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await self._close()
+        if loading.is_alive():  # it cannot be told to stop, and the interpreter must not end under it
+            os._exit(self._exit_code)
+        return self._exit_code
+
+    def _load_model(self) -> None:
+        serving = self._serving
+        try:
+            self._load(self._settings, serving)
+        except Exception as error:
+            logger.debug("loading failed", exc_info=error)
+            serving.detail = _reason(error)
+            serving.phase = "failed"
+
+    async def _watch(self, began: float) -> None:
+        """Report the load, then see to it that a dead engine ends the process and a signal drains it."""
+        serving, shown = self._serving, ""
+        while serving.phase == "loading":
+            if serving.detail != shown:
+                shown = serving.detail
+                logger.info("loading detail=%r progress=%.0f%%", shown, serving.progress * 100)
+            await asyncio.sleep(TICK)
+        if serving.phase == "failed":
+            self._leave(FAILED, f"the model could not be loaded: {serving.detail}")
+            return
+        if serving.phase == "ready":
+            seconds = time.perf_counter() - began
+            print("\n".join([*serving.plan, f"ready in {seconds:.1f} s at {self._url}/v1"]), flush=True)
+        while serving.phase == "ready" and not serving.dead:
+            await asyncio.sleep(TICK)
+        if serving.dead:
+            await asyncio.sleep(TICK)  # lets the open streams say why they end
+            self._leave(FAILED, "the engine has stopped on an error; its log line has the reason")
+
+    def _leave(self, code: int, reason: str) -> None:
+        print(f"loraplex serve: {reason}", file=sys.stderr, flush=True)
+        self._exit_code = code
+        self._server.should_exit = True
+
+    def _on_signal(self, number: int) -> None:
+        """The first signal drains, the second ends at once."""
+        if self._drains is not None:
+            print("stopped at once by a second signal", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+        self._serving.phase = "draining"
+        print(f"finishing running requests for up to {self._settings.shutdown_timeout:g} s", flush=True)
+        self._server.should_exit = True
+        self._drains = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """Let sequences end; when the time is over, the engine ends them with an error that clients see."""
+        deadline = time.monotonic() + self._settings.shutdown_timeout
+        while (served := self._serving.served) is not None and time.monotonic() < deadline:
+            await asyncio.sleep(TICK)
+            stats = served.engine.stats()
+            if stats.running + stats.waiting == 0:
+                return
+        if served is not None:
+            await asyncio.to_thread(served.engine.stop, STOP_SECONDS)
+
+    async def _close(self) -> None:
+        """End what the load has started; nobody is being served any more."""
+        if self._drains is not None:
+            await self._drains
+            print("stopped", flush=True)
+        if (served := self._serving.served) is not None:
+            await asyncio.to_thread(served.engine.stop, STOP_SECONDS)
+            await asyncio.to_thread(served.loader.close)
+            served.registry.store.close()
+
+
+def _startup_load(settings: Settings, serving: Serving) -> None:
+    from server.startup import load  # imports torch: on the loading thread, while /health already answers
+
+    load(settings, serving)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)
+
+
+def _cannot_bind(settings: Settings, error: OSError) -> str:
+    where = f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}"
+    return f"{where}; stop what uses it, or choose another with --port or --host"
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _print_banner(settings: Settings, url: str) -> None:
+    lines = [
+        f"loraplex {VERSION}",
+        f"base        {settings.base_name} from {settings.model}",
+        f"store       {settings.store_folder}",
+        f"listening   {url} (loading)",
+    ]
+    if settings.host not in ("127.0.0.1", "::1", "localhost"):
+        lines.append(
+            "warning     anyone who reaches this address may upload and remove adapters: no keys are set"
+        )
+    print("\n".join(lines), flush=True)
+
+
+def _reason(error: Exception) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split()) or "no message"
+    ours = type(error).__module__.startswith(("server.", "adapters."))
+    return text if ours else f"{type(error).__name__}: {text}"
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    logging.getLogger("uvicorn").setLevel("WARNING" if level == "info" else level.upper())

@@ -1,0 +1,1 @@
+"""Between ids and text."""

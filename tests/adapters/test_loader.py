@@ -1,0 +1,224 @@
+"""The loader: one read at a time per generation, a strict bound, errors told once."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from adapters.adapter import Adapter, Delta
+from adapters.errors import AdapterError
+from adapters.loader import Loader
+
+WAIT = 10.0
+
+
+def sized(generation: str, nbytes: int) -> Adapter:
+    half = nbytes // 8
+    return Adapter(generation, (Delta(0, 0, torch.zeros(1, half), torch.zeros(1, half), 1.0),))
+
+
+class Reads:
+    """A reader whose reads end when told to."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        self.sizes = sizes
+        self.calls: list[str] = []
+        self.failing: dict[str, Exception] = {}
+        self.gate = threading.Event()
+        self.gate.set()
+        self.ready = threading.Semaphore(0)
+
+    def __call__(self, generation: str) -> Adapter:
+        self.calls.append(generation)
+        assert self.gate.wait(WAIT)
+        if generation in self.failing:
+            raise self.failing[generation]
+        return sized(generation, self.sizes[generation])
+
+
+@pytest.fixture
+def reads():
+    return Reads({"a": 400, "b": 400, "c": 400, "large": 4000})
+
+
+@pytest.fixture
+def loader(reads):
+    loader = Loader(reads, max_bytes=800, on_ready=reads.ready.release)
+    yield loader
+    loader.close()
+
+
+def fetch(loader: Loader, reads: Reads, generation: str) -> Adapter:
+    adapter = loader.get(generation)
+    if adapter is None:
+        assert reads.ready.acquire(timeout=WAIT)
+        adapter = loader.get(generation)
+    assert adapter is not None
+    return adapter
+
+
+def test_get_never_waits_and_one_read_serves_all(loader, reads):
+    reads.gate.clear()
+    assert [loader.get("a") for _ in range(5)] == [None] * 5
+    reads.gate.set()
+    assert reads.ready.acquire(timeout=WAIT)
+    assert loader.get("a").generation == "a"
+    assert reads.calls == ["a"]
+    assert loader.loads == 1
+    loader.check()
+
+
+def test_many_threads_start_one_read(loader, reads):
+    reads.gate.clear()
+    threads = [threading.Thread(target=loader.get, args=("a",)) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    reads.gate.set()
+    assert reads.ready.acquire(timeout=WAIT)
+    assert reads.calls == ["a"]
+
+
+def test_the_least_recently_used_goes_first(loader, reads):
+    fetch(loader, reads, "a")
+    fetch(loader, reads, "b")
+    loader.get("a")
+    fetch(loader, reads, "c")
+    assert loader.nbytes == 800
+    assert loader.evictions == 1
+    assert loader.get("a") is not None
+    assert loader.get("b") is None
+    assert reads.ready.acquire(timeout=WAIT)
+    loader.check()
+
+
+def test_one_larger_than_the_bound_is_delivered_and_not_kept(loader, reads):
+    fetch(loader, reads, "a")
+    assert fetch(loader, reads, "large").nbytes == 4000
+    assert loader.nbytes == 400, "nothing was evicted for it"
+    assert loader.get("large") is None
+    assert reads.ready.acquire(timeout=WAIT)
+    loader.check()
+    loader.forget("large")
+    loader.check()
+
+
+def test_a_failure_is_told_once_and_the_next_get_tries_again(loader, reads):
+    reads.failing["a"] = AdapterError("adapter_load_failed", "gone")
+    assert loader.get("a") is None
+    assert reads.ready.acquire(timeout=WAIT)
+    loader.check()
+    with pytest.raises(AdapterError, match="gone"):
+        loader.get("a")
+    del reads.failing["a"]
+    assert fetch(loader, reads, "a").generation == "a"
+    assert reads.calls == ["a", "a"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), MemoryError(), RuntimeError("odd")])
+def test_any_failure_becomes_an_adapter_error_that_names_the_generation(loader, reads, error):
+    reads.failing["a"] = error
+    assert loader.get("a") is None
+    assert reads.ready.acquire(timeout=WAIT)
+    with pytest.raises(AdapterError, match="generation a could not be read") as caught:
+        loader.get("a")
+    assert caught.value.code == "adapter_load_failed"
+    assert caught.value.__cause__ is error
+
+
+def test_forget_during_a_read_drops_its_result(loader, reads):
+    reads.gate.clear()
+    loader.get("a")
+    loader.forget("a")
+    reads.gate.set()
+    assert reads.ready.acquire(timeout=WAIT)
+    assert loader.nbytes == 0
+    assert fetch(loader, reads, "a").generation == "a"
+    loader.forget("a")
+    assert loader.nbytes == 0
+    loader.check()
+
+
+def test_close_ends_the_threads(reads):
+    loader = Loader(reads, 800, lambda: None, threads=3)
+    loader.get("a")
+    loader.close()
+    loader.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("adapter-loader")]
+    with pytest.raises(AssertionError, match="closed"):
+        loader.get("a")
+
+
+class LoaderMachine(RuleBasedStateMachine):
+    """Gets, failures and forgets at random; after each the cache is what a simple model says."""
+
+    names = st.sampled_from(["a", "b", "c", "d", "large"])
+
+    @initialize()
+    def start(self):
+        self.reads = Reads({"a": 80, "b": 160, "c": 240, "d": 400, "large": 800})
+        self.loader = Loader(self.reads, 480, self.reads.ready.release, threads=1)
+        self.order: list[str] = []
+        self.waiting: set[str] = set()  # oversize, read and not fetched
+
+    def _loaded(self, name):
+        if self.reads.sizes[name] > 480:
+            self.waiting.add(name)
+            return
+        while sum(self.reads.sizes[other] for other in self.order) + self.reads.sizes[name] > 480:
+            self.order.pop(0)
+        self.order.append(name)
+
+    @rule(name=names)
+    def get(self, name):
+        adapter = self.loader.get(name)
+        if name in self.order:
+            assert adapter is not None
+            self.order.remove(name)
+            self.order.append(name)
+        elif name in self.waiting:
+            assert adapter is not None
+            self.waiting.discard(name)
+        else:
+            assert adapter is None
+            assert self.reads.ready.acquire(timeout=WAIT)
+            self._loaded(name)
+
+    @rule(name=names)
+    def get_failing(self, name):
+        if name in self.order or name in self.waiting:
+            return
+        self.reads.failing[name] = OSError("no")
+        assert self.loader.get(name) is None
+        assert self.reads.ready.acquire(timeout=WAIT)
+        del self.reads.failing[name]
+        with pytest.raises(AdapterError):
+            self.loader.get(name)
+
+    @rule(name=names)
+    def forget(self, name):
+        self.loader.forget(name)
+        self.waiting.discard(name)
+        if name in self.order:
+            self.order.remove(name)
+
+    @invariant()
+    def books_agree(self):
+        if not hasattr(self, "loader"):
+            return
+        self.loader.check()
+        assert self.loader.nbytes == sum(self.reads.sizes[name] for name in self.order)
+
+    def teardown(self):
+        if hasattr(self, "loader"):
+            self.loader.close()
+
+
+LoaderMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestLoaderMachine = LoaderMachine.TestCase

@@ -1,0 +1,333 @@
+"""Tensors against a layout: what is served is read exactly, and everything else is a finding."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from adapters.errors import AdapterError
+from adapters.peft_format import inspect_adapter, read_adapter
+from tests.adapters.samples import (
+    make_config,
+    make_layout,
+    make_tensors,
+    problems,
+    write_folder,
+)
+
+LAYOUT = make_layout()
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def read(folder, dtype=torch.float32, layout=LAYOUT, max_rank=64):
+    return read_adapter(folder, "g", layout, dtype, max_rank)
+
+
+def refused(folder, code="invalid_adapter", **options) -> str:
+    with pytest.raises(AdapterError) as caught:
+        read(folder, **options)
+    assert caught.value.code == code, str(caught.value)
+    assert caught.value.findings
+    return problems(caught.value)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_are_read_rank_major_and_contiguous(tmp_path, stored, dtype):
+    tensors = {name: values.to(stored) for name, values in make_tensors(("q_proj", "down_proj")).items()}
+    adapter = read(write_folder(tmp_path, tensors=tensors), dtype)
+    assert len(adapter.deltas) == 4
+    for delta in adapter.deltas:
+        module = LAYOUT.sites[delta.site].members[delta.member].module
+        a, b = (tensors[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
+        assert torch.equal(delta.a, a.to(dtype))
+        assert torch.equal(delta.b, b.t().to(dtype))
+        assert delta.a.is_contiguous()
+        assert delta.b.is_contiguous()
+        assert delta.scale == 2.0
+    assert adapter.rank == 4
+
+
+def test_inspect_tells_the_same_without_reading_values(tmp_path):
+    folder = write_folder(tmp_path)
+    whole, outline = read(folder), inspect_adapter(folder, "g", LAYOUT, torch.float32, 64)
+    assert outline.base_model == "some/base"
+    assert outline.adapter.nbytes == whole.nbytes
+    for seen, delta in zip(outline.adapter.deltas, whole.deltas, strict=True):
+        assert seen.a.is_meta
+        assert (seen.site, seen.member, seen.scale) == (delta.site, delta.member, delta.scale)
+        assert (seen.a.shape, seen.b.shape) == (delta.a.shape, delta.b.shape)
+
+
+def test_a_raw_state_dict_and_a_multimodal_base_are_read(tmp_path):
+    tensors = {
+        name.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default"): values
+        for name, values in make_tensors().items()
+    }
+    folder = write_folder(tmp_path, tensors=tensors)
+    plain = read(folder)
+    other = read(folder, layout=make_layout(home="model.language_model."))
+    assert [delta.site for delta in plain.deltas] == [delta.site for delta in other.deltas]
+
+
+def test_the_patterns_are_matched_on_the_name_in_training(tmp_path):
+    config = make_config(alpha_pattern={r"^model\.layers\.0\.self_attn\.q_proj": 40})
+    adapter = read(write_folder(tmp_path, config), layout=make_layout(home="model.language_model."))
+    assert sorted({delta.scale for delta in adapter.deltas}) == [2.0, 10.0]
+
+
+def test_a_missing_half(tmp_path):
+    tensors = make_tensors()
+    del tensors[f"{Q0}.lora_B.weight"]
+    said = refused(write_folder(tmp_path, tensors=tensors))
+    assert f"{Q0}.lora_A.weight: has no lora_B beside it" in said
+
+
+def test_two_adapters_in_one_file(tmp_path):
+    tensors = make_tensors()
+    tensors |= {name.replace(".weight", ".other.weight"): values.clone() for name, values in tensors.items()}
+    assert "is the same factor as" in refused(write_folder(tmp_path, tensors=tensors))
+
+
+def test_two_names_of_one_module(tmp_path):
+    tensors = make_tensors(("0.self_attn.q_proj",))
+    tensors |= {
+        name.replace("model.layers", "model.language_model.layers"): values.clone()
+        for name, values in tensors.items()
+    }
+    assert "is the module model.layers.0.self_attn.q_proj, and so is" in refused(
+        write_folder(tmp_path, tensors=tensors)
+    )
+
+
+def test_transposed(tmp_path):
+    tensors = {name: values.t().contiguous() for name, values in make_tensors().items()}
+    said = refused(write_folder(tmp_path, tensors=tensors))
+    assert "its factors are transposed" in said
+    assert "[r, 16]" in said
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ((4, 17), (16, 4)),
+        ((4, 16), (15, 4)),
+        ((4, 16), (16, 3)),
+        ((4,), (16, 4)),
+        ((4, 16, 1), (16, 4)),
+        ((), ()),
+    ],
+)
+def test_wrong_shapes(tmp_path, a, b):
+    tensors = make_tensors()
+    tensors[f"{Q0}.lora_A.weight"], tensors[f"{Q0}.lora_B.weight"] = torch.ones(a), torch.ones(b)
+    said = refused(write_folder(tmp_path, tensors=tensors))
+    assert f"lora_A is {list(a)} and lora_B {list(b)}, this base needs [r, 16] and [16, r]" in said
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e30, -1e6])
+@pytest.mark.parametrize("part", ["A", "B"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_infinity_and_absurd_sizes(tmp_path, bad, part, dtype):
+    tensors = make_tensors()
+    tensors[f"{Q0}.lora_{part}.weight"][1, 2] = bad
+    said = refused(write_folder(tmp_path, tensors={name: value.to(dtype) for name, value in tensors.items()}))
+    assert f"{Q0}.lora_{part}.weight: holds" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.int64, torch.float8_e4m3fn, torch.bool])
+def test_other_dtypes(tmp_path, dtype):
+    tensors = {name: values.to(dtype) for name, values in make_tensors().items()}
+    assert "is of dtype" in refused(write_folder(tmp_path, tensors=tensors))
+
+
+@pytest.mark.parametrize("part", ["A", "B"])
+def test_an_untrained_adapter_changes_nothing(tmp_path, part):
+    tensors = make_tensors()
+    for name, values in tensors.items():
+        if f"lora_{part}" in name:
+            values.zero_()
+    assert "a fresh adapter with B = 0 changes nothing" in refused(write_folder(tmp_path, tensors=tensors))
+    tensors[f"{Q0}.lora_{part}.weight"][0, 0] = 1
+    read(write_folder(tmp_path / "trained", tensors=tensors))
+
+
+def test_alpha_zero_changes_nothing(tmp_path):
+    assert "changes nothing" in refused(write_folder(tmp_path, make_config(lora_alpha=0)))
+
+
+def test_a_rank_that_disagrees_with_the_config(tmp_path):
+    said = refused(write_folder(tmp_path, make_config(r=8)))
+    assert "model.layers.0.self_attn.q_proj: has rank 4, and adapter_config.json says 8" in said
+    read(write_folder(tmp_path / "other", make_config(r=8, rank_pattern={"q_proj": 4, "v_proj": 4})))
+
+
+def test_rank_zero_and_rank_over_the_cap(tmp_path):
+    assert "has rank 0" in refused(write_folder(tmp_path / "zero", tensors=make_tensors(rank=0)))
+    folder = write_folder(tmp_path / "high", make_config(r=9), make_tensors(rank=9))
+    assert "has rank 9, this server takes up to 8" in refused(folder, max_rank=8)
+    read(folder, max_rank=9)
+
+
+def test_a_module_that_the_base_does_not_adapt(tmp_path):
+    tensors = make_tensors()
+    tensors["base_model.model.lm_head.lora_A.weight"] = torch.ones(4, 16)
+    tensors["base_model.model.lm_head.lora_B.weight"] = torch.ones(99, 4)
+    said = refused(write_folder(tmp_path, tensors=tensors))
+    assert "lm_head: is not a module that this base adapts" in said
+    assert "model.layers.0.self_attn.q_proj" in said
+
+
+def test_strangers_are_listed_to_five_with_a_near_name(tmp_path):
+    tensors = make_tensors(layout=make_layout(9))
+    said = refused(write_folder(tmp_path, tensors=tensors | make_tensors(("gate_proj",))))
+    assert said.count("is not a module that this base adapts") == 5
+    assert "9 more" in said
+    tensors = make_tensors() | {
+        name.replace("q_proj", "query_proj"): values for name, values in make_tensors(("q_proj",)).items()
+    }
+    said = refused(write_folder(tmp_path / "near", tensors=tensors))
+    assert "this base has model.layers.0.self_attn.q_proj" in said
+
+
+def test_an_adapter_of_another_base(tmp_path):
+    tensors = {
+        name.replace("model.layers", "transformer.h"): values for name, values in make_tensors().items()
+    }
+    said = refused(write_folder(tmp_path, tensors=tensors))
+    assert "none of its 4 modules is in this base, which adapts model.layers.0.self_attn.q_proj" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias", "lora_bias"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.bias", "trained bias"),
+        ("base_model.model.lm_head.weight", "modules_to_save"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "adapts an embedding"),
+        ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "single tokens"),
+        ("base_model.model.model.embed_tokens.base_layer.weight", "copy of a matrix"),
+        ("model.layers.0.self_attn.q_proj.lora_a", "mlx"),
+        ("lora_unet_mid_block.lora_down.weight", "image"),
+        ("blk.0.attn_q.weight.lora_a", "GGUF"),
+    ],
+)
+def test_tensors_of_features_that_are_not_served(tmp_path, name, said):
+    folder = write_folder(tmp_path, tensors=make_tensors() | {name: torch.ones(16)})
+    assert said in refused(folder, "unsupported_adapter_feature")
+
+
+def test_unknown_tensors_are_refused(tmp_path):
+    assert "is not a tensor that peft writes" in refused(
+        write_folder(tmp_path, tensors=make_tensors() | {"something": torch.ones(1)})
+    )
+
+
+def test_a_copy_of_the_bases_own_matrix_is_skipped_if_its_shape_is(tmp_path):
+    copy = "base_model.model.model.layers.0.self_attn.k_proj.base_layer.weight"
+    read(write_folder(tmp_path, tensors=make_tensors() | {copy: torch.ones(8, 16)}))
+    folder = write_folder(tmp_path / "resized", tensors=make_tensors() | {copy: torch.ones(9, 16)})
+    assert "in another shape" in refused(folder, "unsupported_adapter_feature")
+
+
+def test_everything_is_told_at_once(tmp_path):
+    tensors = make_tensors()
+    del tensors[f"{Q0}.lora_B.weight"]
+    tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"][0, 0] = float("nan")
+    tensors["base_model.model.lm_head.weight"] = torch.ones(2, 2)
+    said = refused(write_folder(tmp_path, make_config(use_dora=True), tensors), "unsupported_adapter_feature")
+    for part in ("use_dora", "modules_to_save", "has no lora_B", "holds NaN"):
+        assert part in said
+
+
+def test_missing_and_oversized_files(tmp_path):
+    assert "adapter_config.json: cannot be read" in refused(tmp_path)
+    assert "adapter_model.safetensors: cannot be read" in refused(tmp_path)
+    folder = write_folder(tmp_path / "large")
+    (folder / "adapter_config.json").write_bytes(b" " * (8 * 1024 * 1024 + 1))
+    assert "has more than 8388608 bytes" in refused(folder)
+
+
+def test_an_empty_file_of_tensors(tmp_path):
+    assert "holds no lora_A and lora_B" in refused(write_folder(tmp_path, tensors={}))
+
+
+def header(entries: object, body: bytes = b"") -> bytes:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+F4 = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "is cut short"),
+        (b"\x10\0\0\0\0\0\0\0", "is cut short"),
+        (struct.pack("<Q", 1000) + b"{}", "is cut short: its header takes 1000 bytes"),
+        (struct.pack("<Q", 10 * 2**30) + b"{" * 100, "is not a safetensors file"),
+        (struct.pack("<Q", 2**64 - 1) + b"{" * 100, "is not a safetensors file"),
+        (header({"x": F4}, b"abc"), "is damaged"),
+        (header({"x": F4}, b"abcdefgh"), "is damaged"),
+        (header({"x": F4, "y": F4}, b"abcd"), "is damaged"),
+        (header({"x": {"dtype": "F32", "shape": [2**62, 8], "data_offsets": [0, 4]}}, b"abcd"), "is damaged"),
+        (header({"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}, b"abcd"), "is damaged"),
+        (header({"x": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}, b"abcd"), "is damaged"),
+        (header(b"{" + b" " * 20), "is damaged"),
+        (header(b'{"x": "y"}'), "is damaged"),
+        (header(b"{\xff\xff\xff\xff}"), "is damaged"),
+        (b"PK\x03\x04" + b"\x14" * 40, "is a PyTorch pickle"),
+        (b"\x80\x02}q\x00(X\x05\x00\x00\x00abcde", "is a PyTorch pickle"),
+        (b"GGUF\x03\0\0\0\0\0\0\0", "is a GGUF file"),
+        (b"version https://git-lfs.github.com/spec/v1", "is not a safetensors file"),
+    ],
+)
+def test_hostile_tensor_files(tmp_path, data, said):
+    folder = write_folder(tmp_path)
+    (folder / "adapter_model.safetensors").write_bytes(data)
+    assert said in refused(folder)
+
+
+def test_too_many_tensors(tmp_path, monkeypatch):
+    monkeypatch.setattr("adapters.tensor_file.TENSORS", 7)
+    assert "has more than 7 tensors" in refused(write_folder(tmp_path))
+
+
+def _assert_tells(error: AdapterError) -> None:
+    assert error.findings
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_file_is_refused_or_read_but_never_breaks(tmp_path, data):
+    folder = write_folder(tmp_path)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        whole = bytearray((folder / name).read_bytes())
+        for _ in range(data.draw(st.integers(0, 3))):
+            whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+        cut = data.draw(st.one_of(st.none(), st.integers(0, len(whole))))
+        (folder / name).write_bytes(bytes(whole[:cut]))
+    try:
+        assert read(folder).deltas
+    except AdapterError as error:
+        _assert_tells(error)
+
+
+def test_nothing_keeps_the_file_mapped(tmp_path):
+    folder = write_folder(tmp_path)
+    adapter = read(folder)
+    before = adapter.deltas[0].a.clone()
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    with (folder / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(size - 4096 if size > 4096 else 8)
+        file.write(b"\0" * 512)
+    assert torch.equal(adapter.deltas[0].a, before)
+    save_file({"x": torch.ones(1)}, folder / "other.safetensors")

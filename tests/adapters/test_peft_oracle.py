@@ -1,0 +1,137 @@
+"""peft itself as the oracle: an adapter that it saved is read with the scale and factors that it uses."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from adapters.errors import AdapterError
+from adapters.peft_format import read_adapter
+from tests.adapters.samples import LAYERS, make_layout, shapes
+
+LAYOUT = make_layout()
+
+
+class Block(nn.Module):
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        for part in ("self_attn", "mlp"):
+            at = f"model.layers.{layer}.{part}."
+            linears = {
+                module.removeprefix(at): nn.Linear(*shapes(LAYOUT, module), bias=False)
+                for module in LAYOUT.modules
+                if module.startswith(at)
+            }
+            self.add_module(part, nn.ModuleDict(linears))
+
+
+class Base(nn.Module):
+    """Linears under the names of the layout; it is never run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(Block(layer) for layer in range(LAYERS))
+
+
+def save(folder, **settings) -> peft.PeftModel:
+    model = peft.get_peft_model(Base(), peft.LoraConfig(init_lora_weights=False, **settings))
+    model.save_pretrained(folder)
+    return model
+
+
+CONFIGS = {
+    "plain": {"r": 4, "lora_alpha": 8},
+    "rslora": {"r": 9, "lora_alpha": 8, "use_rslora": True},
+    "rank pattern": {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 20}},
+    "alpha pattern": {"r": 4, "lora_alpha": 8, "alpha_pattern": {r"layers\.0\..*": 3, "q_proj": 5}},
+    "full names": {
+        "r": 4,
+        "lora_alpha": 8,
+        "rank_pattern": {"model.layers.0.self_attn.q_proj": 2, "model.layers.1.self_attn.q_proj": 6},
+        "alpha_pattern": {"model.layers.1.self_attn.q_proj": 1},
+    },
+    "all patterns": {
+        "r": 5,
+        "lora_alpha": 7,
+        "use_rslora": True,
+        "rank_pattern": {".*layers.1.*": 2, ".*proj": 3},
+        "alpha_pattern": {"(q|v)_proj": 11, "self_attn.*": 13},
+    },
+    "some layers": {"r": 4, "lora_alpha": 8, "layers_to_transform": [1]},
+    "fan in fan out": {"r": 4, "lora_alpha": 8, "fan_in_fan_out": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_deltas_are_those_of_peft(tmp_path, name):
+    save(tmp_path, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], **CONFIGS[name])
+    # Read back by peft: it saves patterns sorted by key, so the first match may not be that of training.
+    model = peft.PeftModel.from_pretrained(Base(), tmp_path)
+    adapter = read_adapter(tmp_path, "g", LAYOUT, torch.float32, 64)
+    found = {LAYOUT.sites[delta.site].members[delta.member].module: delta for delta in adapter.deltas}
+    layers = {
+        module.removeprefix("base_model.model."): layer
+        for module, layer in model.named_modules()
+        if isinstance(layer, peft.tuners.lora.LoraLayer)
+    }
+    assert found.keys() == layers.keys()
+    for module, layer in layers.items():
+        delta = found[module]
+        assert delta.scale == layer.scaling["default"]
+        assert torch.equal(delta.a, layer.lora_A["default"].weight)
+        assert torch.equal(delta.b, layer.lora_B["default"].weight.t())
+        whole = delta.scale * (delta.b.t() @ delta.a)
+        torch.testing.assert_close(whole, layer.get_delta_weight("default"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"modules_to_save": ["o_proj"]},
+        {"alora_invocation_tokens": [1]},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_peft_saves_for_other_features_is_refused(tmp_path, settings):
+    save(tmp_path, target_modules=["q_proj"], **settings)
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(tmp_path, "g", LAYOUT, torch.float32, 64)
+    assert caught.value.code == "unsupported_adapter_feature"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_pissa_is_refused_and_its_conversion_is_read(tmp_path):
+    config = peft.LoraConfig(init_lora_weights="pissa", target_modules=["q_proj"])
+    base = Base()
+    before = base.model.layers[0].self_attn["q_proj"].weight.detach().clone()
+    model = peft.get_peft_model(base, config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    for name, values in model.named_parameters():
+        if "lora_" in name:
+            values.data.add_(0.1)
+    model.save_pretrained(tmp_path / "raw")
+    with pytest.raises(AdapterError, match="path_initial_model_for_weight_conversion"):
+        read_adapter(tmp_path / "raw", "g", LAYOUT, torch.float32, 64)
+    model.save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    delta = read_adapter(tmp_path / "plain", "g", LAYOUT, torch.float32, 64).deltas[0]
+    layer = base.model.layers[0].self_attn["q_proj"]
+    wanted = layer.get_base_layer().weight + layer.get_delta_weight("default") - before
+    torch.testing.assert_close(delta.scale * (delta.b.t() @ delta.a), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_fresh_adapter_of_peft_is_refused(tmp_path):
+    peft.get_peft_model(Base(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="changes nothing"):
+        read_adapter(tmp_path, "g", LAYOUT, torch.float32, 64)

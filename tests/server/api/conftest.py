@@ -1,0 +1,67 @@
+"""An app over fakes, and a client that calls it in process."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+
+from server.api.app import create_app
+from tests.server import fakes
+
+
+@pytest.fixture
+def world(tmp_path):
+    return fakes.world(tmp_path)
+
+
+class Client:
+    """Calls the app, each call in an event loop of its own; afterwards nothing may be held."""
+
+    def __init__(self, world):
+        self.world = world
+        self.app = create_app(world.settings, world.serving)
+
+    def __call__(self, method, path, **options):
+        return self.together([(method, path, options)])[0]
+
+    def together(self, calls):
+        async def run():
+            transport = httpx.ASGITransport(self.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await asyncio.gather(
+                    *[client.request(m, path, **options) for m, path, options in calls]
+                )
+
+        answers = asyncio.run(run())
+        assert self.world.quiet(), "a reference or a sequence was left behind"
+        return answers
+
+    def complete(self, **body):
+        return self("POST", "/v1/completions", json={"model": "base", "prompt": "the patient", **body})
+
+    def chat(self, **body):
+        messages = [{"role": "user", "content": "hi"}]
+        return self("POST", "/v1/chat/completions", json={"model": "base", "messages": messages, **body})
+
+
+@pytest.fixture
+def client(world):
+    return Client(world)
+
+
+def events(response):
+    """The data of a stream's events; the last must be [DONE]."""
+    lines = response.text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+def error(response):
+    """The error of an envelope of exactly the promised shape."""
+    body = response.json()
+    assert list(body) == ["error"]
+    assert set(body["error"]) - {"details"} == {"message", "type", "param", "code"}
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    return body["error"]

@@ -1,0 +1,123 @@
+"""/v1/adapters: uploads, their bounds and checks, listing and removal."""
+
+import base64
+import hashlib
+
+import pytest
+
+from adapters.errors import AdapterError, Finding
+from tests.server import fakes
+from tests.server.api.conftest import Client, error
+
+ZIP = b"PK\x03\x04 not really"
+
+
+def put(client, name, content=ZIP, **headers):
+    headers = {key.replace("_", "-"): value for key, value in headers.items()}
+    return client("PUT", f"/v1/adapters/{name}", content=content, headers=headers)
+
+
+def test_an_upload_is_served(client, world):
+    response = put(client, "tax", content_type="application/zip")
+    body = response.json()
+    assert response.status_code == 201
+    assert response.headers["etag"] == f'"{body["generation"]}"'
+    assert (body["id"], body["object"], body["state"], body["rank"]) == ("tax", "adapter", "ready", 8)
+    assert client.complete(adapter="tax").json()["adapter_generation"] == body["generation"]
+    assert list(world.registry.store.root.iterdir()) == []
+
+
+def test_the_same_again_changes_nothing(client):
+    assert put(client, "tax").status_code == 201
+    assert put(client, "tax").status_code == 200
+    assert put(client, "tax", b"other").status_code == 201
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_upload_too_large(tmp_path, chunked):
+    client = Client(fakes.world(tmp_path, max_upload_bytes="2MiB"))
+
+    async def chunks():
+        for _ in range(30):
+            yield b"x" * 100_000
+
+    response = put(client, "tax", chunks() if chunked else b"x" * 3_000_000)
+    assert (response.status_code, error(response)["code"]) == (413, "adapter_upload_too_large")
+    assert response.headers["connection"] == "close"
+    assert put(client, "tax", b"x" * 2 * 1024**2).status_code == 201
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_digest_is_checked(client, world):
+    right = base64.b64encode(hashlib.sha256(ZIP).digest()).decode()
+    wrong = base64.b64encode(hashlib.sha256(b"").digest()).decode()
+    assert put(client, "tax", content_digest=f"sha-512=:aaaa:, sha-256=:{right}:").status_code == 201
+    for digest in (f"sha-256=:{wrong}:", "sha-256=:??:", "sha-512=:aaaa:", "nonsense"):
+        response = put(client, "law", content_digest=digest)
+        assert (response.status_code, error(response)["param"]) == (400, "Content-Digest")
+    assert "law" not in world.registry.names
+
+
+def test_if_match(client, world):
+    generation = put(client, "tax").headers["etag"]
+    response = put(client, "tax", b"other", if_match='"' + "0" * 64 + '"')
+    assert (response.status_code, error(response)["code"]) == (412, "precondition_failed")
+    assert put(client, "tax", b"other", if_match=generation).status_code == 201
+    assert client("DELETE", "/v1/adapters/tax", headers={"if-match": generation}).status_code == 412
+    for header in ({"if_match": "*"}, {"if_match": '"a", "b"'}, {"if_match": '""'}, {"if_none_match": "*"}):
+        response = put(client, "tax", **header)
+        assert (response.status_code, error(response)["code"]) == (400, "invalid_value")
+
+
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=a", "text/plain"])
+def test_bodies_that_are_no_archive(client, kind):
+    response = put(client, "tax", content_type=kind)
+    assert (response.status_code, error(response)["code"]) == (415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize("name", ["base", "-a", "a" * 65, "a%20b", "a,b", "a:b"])
+def test_names_that_cannot_be(client, name):
+    response = put(client, name)
+    assert (response.status_code, error(response)["code"]) == (400, "invalid_adapter_name")
+
+
+def test_findings_are_details(client, world):
+    finding = Finding("q_proj", "rank 0", "train it again")
+    world.registry.refused = AdapterError("invalid_adapter", "the adapter is invalid", (finding,))
+    response = put(client, "tax")
+    assert response.status_code == 400
+    assert error(response)["details"] == [{"where": "q_proj", "problem": "rank 0", "cure": "train it again"}]
+    world.registry.refused = AdapterError("store_full", "no room")
+    response = put(client, "tax")
+    assert (response.status_code, error(response)["type"]) == (507, "server_error")
+    assert response.headers["x-should-retry"] == "false"
+    metrics = client("GET", "/metrics").text
+    assert 'loraplex_upload_total{reason="invalid_adapter",result="refused"} 1.0' in metrics
+
+
+def test_listing_and_removal(client, world):
+    listed = client("GET", "/v1/adapters").json()
+    assert (listed["object"], [adapter["id"] for adapter in listed["data"]]) == ("list", ["legal", "medical"])
+    shown = client("GET", "/v1/adapters/legal")
+    assert shown.json() == listed["data"][0]
+    assert shown.headers["etag"] == '"' + "1" * 64 + '"'
+    response = client("DELETE", "/v1/adapters/legal")
+    assert (response.status_code, response.content) == (204, b"")
+    for method in ("GET", "DELETE"):
+        response = client(method, "/v1/adapters/legal")
+        assert (response.status_code, error(response)["code"]) == (404, "adapter_not_found")
+
+
+def test_models(client, world):
+    world.registry.names["odd"] = "3" * 64
+    body = client("GET", "/v1/models").json()
+    assert [model["id"] for model in body["data"]] == ["base", "legal", "medical"]
+    assert body["object"] == "list"
+    base, legal, _ = body["data"]
+    assert (base["root"], base["parent"], base["max_model_len"]) == ("/models/base", None, 64)
+    assert (legal["root"], legal["parent"], legal["object"]) == ("1" * 64, "base", "model")
+    for id, model in (("base", base), ("/models/base", base), ("legal", legal), ("base:legal", legal)):
+        assert client("GET", f"/v1/models/{id}").json() == model
+    for id in ("nobody", "a/b", "base:nobody", "other:legal"):
+        response = client("GET", f"/v1/models/{id}")
+        assert (response.status_code, error(response)["code"]) == (404, "model_not_found")

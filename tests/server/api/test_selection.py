@@ -1,0 +1,68 @@
+"""Which adapter answers, and that nothing ever falls back."""
+
+import pytest
+
+from tests.server.api.conftest import error
+
+
+@pytest.mark.parametrize(
+    ("fields", "model", "adapter"),
+    [
+        ({"model": "base"}, "base", None),
+        ({"model": "/models/base"}, "base", None),
+        ({"model": None}, "base", None),
+        ({"model": "base", "adapter": None}, "base", None),
+        ({"model": "base", "adapter": "legal"}, "legal", "legal"),
+        ({"model": None, "adapter": "legal"}, "legal", "legal"),
+        ({"model": "legal"}, "legal", "legal"),
+        ({"model": "base:legal"}, "legal", "legal"),
+        ({"model": "/models/base:legal"}, "legal", "legal"),
+        ({"model": "legal", "adapter": "legal"}, "legal", "legal"),
+        ({"model": "base:legal", "adapter": "legal"}, "legal", "legal"),
+    ],
+)
+def test_who_answers(client, world, fields, model, adapter):
+    response = client.complete(**fields)
+    body = response.json()
+    generation = world.registry.names.get(adapter)
+    assert (body["model"], body["adapter"], body["adapter_generation"]) == (model, adapter, generation)
+    assert response.headers.get("x-adapter-generation") == generation
+    assert world.engine.submits[-1].generation == generation
+    assert world.registry.resolved == (adapter is not None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "code", "param"),
+    [
+        ({"model": "gpt-4"}, 404, "model_not_found", "model"),
+        ({"model": "gpt-4", "adapter": "legal"}, 404, "model_not_found", "model"),
+        ({"model": "other:legal"}, 404, "model_not_found", "model"),
+        ({"model": "base:"}, 404, "model_not_found", "model"),
+        ({"model": "base:nobody"}, 404, "adapter_not_found", "model"),
+        ({"adapter": "nobody"}, 404, "adapter_not_found", "adapter"),
+        ({"adapter": "base"}, 404, "adapter_not_found", "adapter"),
+        ({"model": "legal", "adapter": "medical"}, 400, "invalid_value", "adapter"),
+        ({"model": "base:legal", "adapter": "medical"}, 400, "invalid_value", "adapter"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_does_not(client, world, fields, status, code, param, stream):
+    response = client.complete(**fields, stream=stream)
+    found = error(response)
+    assert (response.status_code, found["code"], found["param"]) == (status, code, param)
+    assert found["type"] == "invalid_request_error"
+    assert world.engine.submits == []
+
+
+def test_a_running_request_keeps_its_generation(client, world):
+    seen = []
+
+    def reply(submit):
+        seen.append(world.registry.held)
+        world.registry.names["legal"] = "9" * 64
+        return world.tokenizer.encode("done")
+
+    world.engine.reply = reply
+    body = client.complete(adapter="legal").json()
+    assert body["adapter_generation"] == "1" * 64
+    assert seen == [1]

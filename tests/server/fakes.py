@@ -1,0 +1,232 @@
+"""Stand-ins for the engine and the registry, which count what they are given and what they get back."""
+
+import asyncio
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adapters.entry import Entry, Put, Reference
+from adapters.errors import AdapterError, Finding
+from adapters.records import check_name
+from server.config import Settings
+from server.engine.messages import EngineStats, Finished, Token
+from server.errors import QueueFullError
+from server.serving import GenerationDefaults, Served, Serving
+from server.text.tokenizer import Tokenizer
+from tests.server.text import samples
+
+ADAPTERS = {"legal": "1" * 64, "medical": "2" * 64}
+
+
+@dataclass
+class FakeEngine:
+    """Replies with the ids that `reply` gives for a submit, one per `delay` seconds."""
+
+    tokenizer: Tokenizer
+    reply: object = None
+    delay: float = 0.0
+    max_open: int = 100
+    fail_after: int | None = None
+    error: Exception = field(default_factory=lambda: RuntimeError("/secret/path exploded"))
+    healthy: bool = True
+    stopped: bool = False
+    submits: list = field(default_factory=list)
+    open: set = field(default_factory=set)
+    aborted: int = 0
+
+    def ids_for(self, submit):
+        if self.reply is None:
+            return self.tokenizer.encode(" the court grants relief")
+        return self.reply(submit)
+
+    async def stream(self, submit):
+        if len(self.open) >= self.max_open:
+            raise QueueFullError("too many wait")
+        assert submit.request_id not in self.open
+        self.submits.append(submit)
+        self.open.add(submit.request_id)
+        reason, count = "length", 0
+        try:
+            for id in self.ids_for(submit)[: submit.sampling.max_tokens]:
+                await asyncio.sleep(self.delay)
+                if self.stopped:
+                    raise QueueFullError("the engine has stopped")
+                if self.fail_after == count:
+                    raise self.error
+                count += 1
+                yield Token(submit.request_id, id)
+                if id in submit.sampling.stop_token_ids:
+                    reason = "stop"
+                    break
+            yield Finished(submit.request_id, reason, len(submit.prompt), count)
+            reason = None
+        finally:
+            self.aborted += reason is not None
+            self.open.discard(submit.request_id)
+
+    def stop(self, timeout):
+        self.stopped = True
+
+    def stats(self):
+        return EngineStats(
+            running=len(self.open),
+            waiting=0,
+            kv_blocks_used=2,
+            kv_blocks_total=8,
+            pages_used=3,
+            pages_total=16,
+            resident=("g",),
+            adapter_room=4,
+            steps=7,
+            prefill_tokens=70,
+            decode_tokens=30,
+            generated_tokens=32,
+            step_seconds=0.5,
+            last_batch_sequences=2,
+            last_batch_adapters=1,
+            adapter_loads=1,
+            adapter_evictions=0,
+        )
+
+
+class FakeStore:
+    """Work in progress in a folder of its own."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.count = 0
+        self.closed = False
+
+    def incoming(self):
+        self.count += 1
+        folder = self.root / str(self.count)
+        folder.mkdir(parents=True)
+        return folder
+
+    def discard(self, folder):
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+
+    def close(self):
+        self.closed = True
+
+
+class FakeRegistry:
+    """Names in a dict; `held` is the number of references that nobody has released."""
+
+    def __init__(self, root: Path):
+        self.store = FakeStore(root)
+        self.names = dict(ADAPTERS)
+        self.held = 0
+        self.resolved = 0
+        self.refused = None
+        self._lock = threading.Lock()
+
+    def resolve(self, name, key=None):
+        self.entry(name)
+        released = []
+
+        def release(reference):
+            with self._lock:
+                self.held -= not released
+                released.append(reference)
+
+        with self._lock:
+            self.held += 1
+            self.resolved += 1
+        return Reference(name, self.names[name], release)
+
+    def entry(self, name):
+        if name not in self.names:
+            raise AdapterError("adapter_not_found", f"no adapter {name}")
+        generation = self.names[name]
+        state = "incompatible" if name == "odd" else "ready"
+        return Entry(
+            name,
+            generation,
+            1,
+            100,
+            200,
+            4096,
+            8,
+            ("q_proj",),
+            "base",
+            state,
+            self.held,
+            (Finding("a", "b"),),
+        )
+
+    def entries(self):
+        return [self.entry(name) for name in sorted(self.names)]
+
+    def put_archive(self, name, archive, if_match=None):
+        check_name(name)
+        if self.refused is not None:
+            raise self.refused
+        self._match(name, if_match)
+        generation = archive.read_bytes().hex()[:64].ljust(64, "0")
+        created = self.names.get(name) != generation
+        self.names[name] = generation
+        return Put(self.entry(name), created)
+
+    def delete(self, name, if_match=None):
+        self.entry(name)
+        self._match(name, if_match)
+        del self.names[name]
+
+    def _match(self, name, if_match):
+        if if_match is not None and self.names.get(name) != if_match:
+            raise AdapterError("precondition_failed", f"{name} is at another generation")
+
+
+@dataclass
+class FakeLoader:
+    """Levels only."""
+
+    nbytes: int = 1000
+    evictions: int = 0
+    closed: bool = False
+
+    def close(self):
+        self.closed = True
+
+
+@dataclass
+class World:
+    """A served model of fakes, and the settings it is served with."""
+
+    settings: Settings
+    serving: Serving
+    engine: FakeEngine
+    registry: FakeRegistry
+    tokenizer: Tokenizer
+
+    def quiet(self):
+        """Whether nothing is held and nothing runs."""
+        return self.registry.held == 0 and not self.engine.open
+
+
+def world(root: Path, **settings) -> World:
+    """Everything ready, with the adapters `legal` and `medical`."""
+    backend = samples.byte_level.__wrapped__()
+    backend.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer = Tokenizer(backend)
+    engine, registry = FakeEngine(tokenizer), FakeRegistry(root)
+    served = Served(
+        name="base",
+        created=1,
+        max_model_len=64,
+        vocab_size=tokenizer.vocab_size,
+        eos_token_ids=frozenset({backend.eos_token_id}),
+        defaults=GenerationDefaults(temperature=0.5, top_p=0.9, top_k=20),
+        tokenizer=tokenizer,
+        engine=engine,
+        registry=registry,
+        loader=FakeLoader(),
+    )
+    serving = Serving(phase="ready", progress=1.0, served=served)
+    return World(Settings(model="/models/base", **settings), serving, engine, registry, tokenizer)

@@ -1,0 +1,228 @@
+"""The command as a process: help, mistakes, and the life of a server over a fake model."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from server.cli import build_parser
+from server.config import Settings, flag
+from server.version import VERSION
+
+LIFE = """
+import sys, time
+from pathlib import Path
+from server.config import Settings
+from server.process import run
+from tests.server import fakes
+
+def load(settings, serving):
+    if settings.served_model_name == "broken":
+        raise OSError("no such\\nfolder")
+    serving.detail, serving.progress = "reading weights", 0.5
+    time.sleep({loading})
+    world = fakes.world(Path(sys.argv[2]))
+    world.engine.reply = lambda submit: world.tokenizer.encode("slow " * 4)
+    world.engine.delay = {delay}
+    serving.plan = ("memory      a little",)
+    serving.served = world.serving.served
+    serving.phase = "ready"
+    if settings.served_model_name == "dying":
+        time.sleep(0.3)
+        world.engine.healthy = False
+
+settings = Settings(model="m", port=int(sys.argv[1]), shutdown_timeout={timeout}, served_model_name={name!r})
+sys.exit(run(settings, load))
+"""
+
+
+def command(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False, **options
+    )
+
+
+@pytest.fixture
+def port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.fixture
+def start(port, tmp_path):
+    """Starts a server over fakes."""
+    running = []
+
+    def begin(loading=0.0, delay=0.0, timeout=5.0, name=None):
+        script = LIFE.format(loading=loading, delay=delay, timeout=timeout, name=name)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(port), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def get(port, path):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+    except OSError:
+        return 0, {}
+
+
+def until(port, path, status, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while (answer := get(port, path))[0] != status:
+        assert time.monotonic() < deadline, answer
+        time.sleep(0.02)
+    return answer[1]
+
+
+def stream(port):
+    """An open stream, after its first event."""
+    body = json.dumps({"prompt": "a", "stream": True, "max_tokens": 40}).encode()
+    headers = {"content-type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, headers)
+    response = urllib.request.urlopen(request, timeout=20)
+    assert response.readline().startswith(b"data: {")
+    return response
+
+
+def test_help_comes_without_heavy_imports():
+    code = (
+        "import sys, contextlib\nfrom server.cli import main\n"
+        "with contextlib.suppress(SystemExit): main(['serve', '--help'])\n"
+        "print({'torch', 'transformers', 'fastapi', 'uvicorn'} & set(sys.modules))"
+    )
+    began = time.perf_counter()
+    done = command("-c", code)
+    assert done.stdout.endswith("set()\n")
+    assert time.perf_counter() - began < 5  # a busy machine; about half a second on a quiet one
+
+
+def test_every_setting_is_a_flag_with_help():
+    text = re.sub(r"\s+", " ", build_parser()._subparsers._group_actions[0].choices["serve"].format_help())
+    for name, field in Settings.model_fields.items():
+        assert flag(name) in text
+        assert field.description in text
+
+
+def test_version():
+    assert command("-m", "server.cli", "version").stdout == f"loraplex {VERSION}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve"], "MODEL is missing"),
+        (["serve", "m", "--prot", "1"], "did you mean --port?"),
+        (["serve", "m", "--port", "99999"], "--port: must be"),
+        (["serve", "m", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["serve", "m", "--port"], "expected one argument"),
+        (["sevre"], "invalid choice"),
+        ([], "COMMAND"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, words):
+    done = command("-m", "server.cli", *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
+def test_a_busy_port_is_one_line(start, port):
+    with socket.create_server(("127.0.0.1", port)):
+        process = start()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.count("\n") == 1
+    assert f"port {port}" in errors
+    assert "--port" in errors
+
+
+def test_from_start_to_drained_stop(start, port):
+    process = start(loading=1.0, delay=0.02)
+    until(port, "/health", 200)
+    assert until(port, "/ready", 503)["status"] == "loading"
+    until(port, "/ready", 200)
+    with stream(port) as response:
+        process.send_signal(signal.SIGTERM)
+        rest = response.read().decode()
+    assert '"finish_reason":"length"' in rest
+    assert rest.endswith("data: [DONE]\n\n")
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    lines = output.splitlines()
+    assert lines[0] == f"loraplex {VERSION}"
+    assert "memory      a little" in lines
+    assert any(re.fullmatch(rf"ready in \d+\.\d s at http://127.0.0.1:{port}/v1", line) for line in lines)
+    assert lines[-1] == "stopped"
+
+
+def test_what_does_not_end_in_time_gets_an_error(start, port):
+    process = start(delay=0.3, timeout=0.5)
+    until(port, "/ready", 200)
+    with stream(port) as response:
+        process.send_signal(signal.SIGTERM)
+        rest = response.read().decode()
+    assert '"error"' in rest
+    assert rest.endswith("data: [DONE]\n\n")
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+def test_a_second_signal_ends_at_once(start, port):
+    process = start(delay=5.0, timeout=60.0)
+    until(port, "/ready", 200)
+    body = json.dumps({"prompt": "a"}).encode()
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        kind = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        connection.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: a\r\n{kind}".encode() + body)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=5)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_stop_while_loading_is_at_once(start, port):
+    process = start(loading=60.0)
+    until(port, "/health", 200)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 0
+
+
+def test_a_model_that_cannot_be_loaded(start):
+    process = start(name="broken")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1] == "loraplex serve: the model could not be loaded: OSError: no such folder"
+
+
+def test_an_engine_that_dies_ends_the_process(start):
+    process = start(name="dying")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the engine has stopped" in errors

@@ -1,0 +1,119 @@
+"""One set of fields from flags, environment, file and defaults, in this order; mistakes are one line."""
+
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from server.config import LoraModule, Settings, SettingsError, load_settings
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_the_order_of_sources(file, monkeypatch):
+    path = file("model: from-file\nport: 1\nmax-num-seqs: 2\nblock_size: 3\n")
+    monkeypatch.setenv("LORAPLEX_PORT", "10")
+    monkeypatch.setenv("LORAPLEX_MAX_NUM_SEQS", "20")
+    monkeypatch.setenv("LORAPLEX_HOST", "")
+    settings = load_settings({"port": "100"}, path)
+    assert (settings.port, settings.max_num_seqs, settings.block_size) == (100, 20, 3)
+    assert (settings.model, settings.host, settings.prefill_chunk) == ("from-file", "127.0.0.1", 128)
+
+
+def test_settings_are_frozen():
+    settings = Settings(model="a")
+    with pytest.raises(pydantic.ValidationError):
+        settings.port = 1
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512MiB", 512 * 1024**2),
+        ("1GiB", 1024**3),
+        ("2GB", 2 * 10**9),
+        ("1.5 kib", 1536),
+        ("100", 100),
+        ("7b", 7),
+    ],
+)
+def test_sizes(text, size):
+    assert load_settings({"model": "a", "max_upload_bytes": text}).max_upload_bytes == size
+
+
+def test_adapters_to_register(file, monkeypatch):
+    expected = (LoraModule("a", Path("/x")), LoraModule("b", Path("/y=z")))
+    assert load_settings({"model": "m", "lora_modules": ["a=/x", "b=/y=z"]}).lora_modules == expected
+    assert load_settings({"model": "m"}, file("lora-modules: {a: /x, b: /y=z}")).lora_modules == expected
+    assert load_settings({"model": "m"}, file("lora_modules: [a=/x, b=/y=z]")).lora_modules == expected
+    monkeypatch.setenv("LORAPLEX_LORA_MODULES", "a=/x,b=/y=z")
+    assert load_settings({"model": "m"}).lora_modules == expected
+    assert Settings(model="m", lora_modules=expected).lora_modules == expected
+
+
+def test_spellings_of_nf4():
+    assert load_settings({"model": "m", "quantization": "bitsandbytes"}).quantization == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({}, ["MODEL is missing", "loraplex serve"]),
+        ({"model": "m", "port": "70000"}, ["--port", "65535", "'70000'"]),
+        ({"model": "m", "port": "x"}, ["--port", "'x'"]),
+        ({"model": "m", "dtype": "int3"}, ["--dtype", "'float32'", "'int3'"]),
+        ({"model": "m", "max_upload_bytes": "2 apples"}, ["--max-upload-bytes", "512MiB", "2 apples"]),
+        ({"model": "m", "max_upload_bytes": "0"}, ["--max-upload-bytes", "greater than or equal to 1"]),
+        ({"model": "m", "lora_modules": ["a"]}, ["--lora-modules", "name=path"]),
+        ({"model": "m", "lora_modules": ["a=/x", "a=/y"]}, ["--lora-modules", "twice"]),
+        ({"model": "m", "prefill_chunk": "600"}, ["--prefill-chunk 600", "--max-num-batched-tokens 512"]),
+        ({"model": "m", "shutdown_timeout": "nan"}, ["--shutdown-timeout"]),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_flag(flags, words):
+    with pytest.raises(SettingsError) as caught:
+        load_settings(flags)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert all(word in line for word in words), line
+
+
+def test_mistakes_name_the_variable_or_the_file(file, monkeypatch):
+    with pytest.raises(SettingsError, match=r"max-num-seqs in .*config.yaml: must be"):
+        load_settings({"model": "m"}, file("max-num-seqs: many"))
+    monkeypatch.setenv("LORAPLEX_PORT", "tcp://10.0.0.1:8000")
+    with pytest.raises(SettingsError, match="LORAPLEX_PORT: must be"):
+        load_settings({"model": "m"})
+
+
+@pytest.mark.parametrize("text", ["prot: 1", "- a", "a: [", "5"])
+def test_files_that_cannot_be(file, text):
+    with pytest.raises(SettingsError) as caught:
+        load_settings({"model": "m"}, file(text))
+    assert "config.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there():
+    with pytest.raises(SettingsError, match=r"nowhere\.yaml"):
+        load_settings({"model": "m"}, Path("nowhere.yaml"))
+    assert load_settings({"model": "m"}, None).port == 8000
+
+
+def test_derived_values(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    settings = Settings(model="/models/llama/")
+    assert settings.base_name == "llama"
+    assert settings.store_folder == tmp_path / "loraplex" / "store"
+    assert settings.quantized_folder == Path.home() / ".cache" / "loraplex" / "quantized"
+    assert Settings(model="org/llama", served_model_name="x").base_name == "x"
+    assert Settings(model="a", adapter_store="/s").store_folder == Path("/s")

@@ -1,0 +1,80 @@
+"""Pieces of text in sum are the text of all ids, and no piece is half a character."""
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from server.text.tokenizer import Tokenizer
+from tests.server.text import samples
+
+KINDS = {
+    "byte_level": samples.byte_level,
+    "byte_fallback": samples.byte_fallback,
+    "metaspace": samples.metaspace,
+    "word_pieces": samples.word_pieces,
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request):
+    return Tokenizer(KINDS[request.param]())
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_pieces_in_sum_are_the_decode_of_all_ids(tokenizer, data):
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=24))
+    detokenizer = tokenizer.detokenizer()
+    pieces = [detokenizer.add(id) for id in ids]
+    whole = tokenizer.decode(ids)
+    assert whole.startswith("".join(pieces))
+    assert "".join(pieces) + detokenizer.flush() == whole
+    assert detokenizer.flush() == ""
+
+
+@given(text=st.text(max_size=40))
+@example("👩‍👩‍👧 zero-width joiners")
+@example("é€日😀")
+@settings(max_examples=200, deadline=None)
+def test_text_comes_back_whole_and_without_replacement_characters(text):
+    tokenizer = Tokenizer(samples.byte_level())
+    ids = tokenizer.encode(text)
+    detokenizer = tokenizer.detokenizer()
+    pieces = [detokenizer.add(id) for id in ids]
+    assert "".join(pieces) + detokenizer.flush() == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_character_of_several_ids_comes_with_the_last_of_them():
+    tokenizer = Tokenizer(samples.byte_level())
+    ids = tokenizer.encode("ᚠ")
+    assert len(ids) == 3
+    detokenizer = tokenizer.detokenizer()
+    assert [detokenizer.add(id) for id in ids] == ["", "", "ᚠ"]
+
+
+def test_an_open_run_of_bytes_is_held_back_because_the_next_byte_may_break_it():
+    tokenizer = Tokenizer(samples.byte_fallback())
+    vocab = samples.byte_fallback().get_vocab()
+    euro = [vocab["<0xE2>"], vocab["<0x82>"], vocab["<0xAC>"]]
+    good, broken = [*euro, vocab["b"]], [*euro, vocab["<0xE2>"], vocab["b"]]
+    for ids, expected in ((good, "€b"), (broken, "\ufffd" * 4 + "b")):
+        detokenizer = tokenizer.detokenizer()
+        assert [detokenizer.add(id) for id in ids] == [""] * (len(ids) - 1) + [expected]
+
+
+def test_half_a_character_at_the_end_is_shown_as_such():
+    tokenizer = Tokenizer(samples.byte_level())
+    detokenizer = tokenizer.detokenizer()
+    assert detokenizer.add(tokenizer.encode("ᚠ")[0]) == ""
+    assert detokenizer.flush() == "\ufffd"
+
+
+def test_special_tokens_have_no_text():
+    tokenizer = Tokenizer(samples.byte_level())
+    detokenizer = tokenizer.detokenizer()
+    end = samples.byte_level().eos_token_id
+    ids = [*tokenizer.encode("a b"), end, *tokenizer.encode(" c")]
+    assert "".join(detokenizer.add(id) for id in ids) + detokenizer.flush() == "a b c"
+    assert tokenizer.decode(ids) == "a b c"
