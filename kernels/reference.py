@@ -16,6 +16,7 @@ from kernels.segments import Segment
 from kernels.spans import KV_TILE, Spans
 
 ROW_TILE = 16
+_LEAST_SCALE = 1e-30  # of a quantized row: small beside any row's, large enough that its reciprocal is finite
 _FAR_BELOW = -1e30  # a running maximum to start from: finite, so that a wholly masked tile adds exact zeros
 
 
@@ -57,7 +58,7 @@ def int8_linear(
 ) -> Tensor:  # [rows, out]
     """LLM.int8() without outlier columns (Dettmers et al. 2022): rows of x to int8 by their own largest magnitude."""
     rows = pad_rows(x).float()
-    scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(_LEAST_SCALE)
     quantized = (rows * (127.0 / scale)).round()
     y = F.linear(quantized, weight.float()) * (scale / 127.0) * (absmax / 127.0)
     y = y[: x.shape[0]].to(x.dtype)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from server.engine.sequence import Sequence
 
+_LEAST_TEMPERATURE = 1e-30  # greedy by any measure; what is smaller is 0 in float32
+
 
 def sample(
     logits: Tensor,  # [rows, vocabulary] float32
@@ -35,7 +37,8 @@ def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     def column(values: list[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=logits.device)[:, None]
 
-    scaled = logits / column([s.sampling.temperature for s in sequences], torch.float32)
+    temperatures = [max(s.sampling.temperature, _LEAST_TEMPERATURE) for s in sequences]
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / column(temperatures, torch.float32)
     top_k = [s.sampling.top_k or logits.shape[1] for s in sequences]
     top_p = [s.sampling.top_p for s in sequences]
     if min(top_k) < logits.shape[1] or min(top_p) < 1:
@@ -52,7 +55,7 @@ def _keep_top(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     rank = torch.arange(scaled.shape[1], device=scaled.device)
     kept = rank < top_k
     probability = torch.softmax(ordered.masked_fill(~kept, float("-inf")), dim=-1)
-    kept &= probability.cumsum(dim=-1) - probability < top_p
+    kept &= (probability.cumsum(dim=-1) - probability < top_p) | (top_p >= 1)  # rounded sums reach 1 too early
     return torch.full_like(scaled, float("-inf")).scatter(1, order, ordered.masked_fill(~kept, float("-inf")))
 
 

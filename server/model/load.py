@@ -49,7 +49,11 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     quantization = _quantization_config(source.quantization)
     if source.cache is None:
         return _refuse_unquantized_experts(_read(folder, source, quantization))
-    settings = {"quantization": str(quantization.to_dict()), "bitsandbytes": bitsandbytes.__version__}
+    settings = {
+        "quantization": str(quantization.to_dict()),
+        "dtype": str(source.dtype),  # of what is not quantized: saved as it was loaded
+        "bitsandbytes": bitsandbytes.__version__,
+    }
 
     def quantize(into: Path) -> None:
         logger.info("quantizing model=%s to=%s", source.model, source.quantization)

@@ -37,7 +37,12 @@ def refuse_unserved_config(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
     other = sorted(set(getattr(config, "layer_types", None) or ()) - _SERVED_LAYER_TYPES)
     if getattr(config, "attention_chunk_size", None) and "llama4" in config.model_type:
-        other.append("chunked_attention")
+        other = sorted({*other, "chunked_attention"})
+    if getattr(config, "max_position_embeddings", None) is None:
+        raise UnsupportedModelError(
+            f"{name} cannot be served: its configuration does not say how long a text may be "
+            "(max_position_embeddings)"
+        )
     if other:
         raise UnsupportedModelError(
             f"{name} cannot be served: it has layers of type {', '.join(other)}; "
