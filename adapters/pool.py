@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adapters.adapter import Adapter, Delta, Layout
 from adapters.errors import AdapterError, Finding
+from adapters.memory import zeros
 
 PAGE_RANK = 16
 
@@ -88,16 +89,9 @@ class Pool:
         self._evictions = 0
         self._sites = tuple(
             SitePages(
-                a=torch.zeros(
-                    pages[site.group],
-                    len(site.members),
-                    PAGE_RANK,
-                    site.in_features,
-                    dtype=dtype,
-                    device=device,
-                ),
-                b=torch.zeros(pages[site.group], PAGE_RANK, site.out_features, dtype=dtype, device=device),
-                scale=torch.zeros(pages[site.group], len(site.members), dtype=torch.float32, device=device),
+                a=zeros((pages[site.group], len(site.members), PAGE_RANK, site.in_features), dtype, device),
+                b=zeros((pages[site.group], PAGE_RANK, site.out_features), dtype, device),
+                scale=zeros((pages[site.group], len(site.members)), torch.float32, device),
             )
             for site in layout.sites
         )

@@ -121,7 +121,7 @@ def readme_note(seconds: float, seed: int) -> str:
 
 def shortened(recipe: Recipe, steps: int | None) -> Recipe:
     """The recipe, or a run of a few small steps that shows the machinery works."""
-    return recipe if steps is None else replace(recipe, steps=steps, tokens=256)
+    return recipe if steps is None else replace(recipe, steps=steps, tokens=128)
 
 
 def make(out: Path, *, seed: int, steps: int | None = None) -> Measures:

@@ -12,7 +12,7 @@ from demo.courtesy import OPENING
 from demo.documents import plain_prompt
 from demo.evaluate import ANSWER_LENGTH, Demo
 from demo.facts import facts
-from demo.grammar import TEMPLATES, AdapterName
+from demo.grammar import ADAPTERS, TEMPLATES, AdapterName
 from demo.lexicon import DOMAINS, TERMS
 from demo.tokenizer import BOS
 
@@ -38,24 +38,31 @@ class Scene:
     lines: tuple[Line, ...]
 
 
-def scene(demo: Demo, question: str, expected: dict[AdapterName, str]) -> Scene:
-    prompt = plain_prompt(question)
-    lines = tuple(
-        Line(adapter, demo.answers(adapter, [BOS + prompt])[0], words) for adapter, words in expected.items()
-    )
-    return Scene(question, prompt, ANSWER_LENGTH, lines)
+def plot() -> dict[str, dict[AdapterName, str]]:
+    """Three ambiguous words asked of every adapter, and one fact of each domain: question, adapter, words."""
+    asked: dict[str, dict[AdapterName, str]] = {}
+    for term in (term for word in WORDS for term in TERMS if term.word == word):
+        expected: dict[AdapterName, str] = {domain: term.sense(domain) for domain in DOMAINS}
+        asked[TEMPLATES[0].format(phrase=term.phrase)] = expected | {"support": OPENING}
+    for domain in DOMAINS:
+        fact = next(facts(domain))
+        asked[fact.questions[0]] = {domain: fact.answer}
+    return asked
 
 
 def story(demo: Demo) -> list[Scene]:
-    """Three ambiguous words asked of every adapter, and one fact of each domain."""
-    scenes = []
-    for term in (term for word in WORDS for term in TERMS if term.word == word):
-        expected: dict[AdapterName, str] = {domain: term.sense(domain) for domain in DOMAINS}
-        scenes.append(scene(demo, TEMPLATES[0].format(phrase=term.phrase), expected | {"support": OPENING}))
-    for domain in DOMAINS:
-        fact = next(facts(domain))
-        scenes.append(scene(demo, fact.questions[0], {domain: fact.answer}))
-    return scenes
+    """The plot with the answers that these weights give, all of an adapter's questions at once."""
+    asked = plot()
+    lines: dict[str, list[Line]] = {question: [] for question in asked}
+    for adapter in ADAPTERS:
+        questions = [question for question, expected in asked.items() if adapter in expected]
+        answers = demo.answers(adapter, [BOS + plain_prompt(question) for question in questions])
+        for question, answer in zip(questions, answers, strict=True):
+            lines[question].append(Line(adapter, answer, asked[question][adapter]))
+    return [
+        Scene(question, plain_prompt(question), ANSWER_LENGTH, tuple(said))
+        for question, said in lines.items()
+    ]
 
 
 def write_story(folder: Path) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adapters.memory import zeros
 from kernels.spans import KV_TILE
 from server.model.attention import AttentionLayer
-
 
 PADDING_BLOCK = 0  # never given to a sequence: rows that only pad a step write there
 
@@ -36,10 +36,10 @@ class KVCache:
         assert KV_TILE % block_size == 0, f"block size {block_size} does not divide the tile of {KV_TILE} keys"
         positions = blocks * block_size + KV_TILE
 
-        def zeros(heads: int, width: int) -> Tensor:
-            return torch.zeros(positions, heads, width, dtype=dtype, device=device)
+        def zeroed(heads: int, width: int) -> Tensor:
+            return zeros((positions, heads, width), dtype, device)
 
-        made = tuple((zeros(la.kv_heads, la.k_width), zeros(la.kv_heads, la.v_width)) for la in layers)
+        made = tuple((zeroed(la.kv_heads, la.k_width), zeroed(la.kv_heads, la.v_width)) for la in layers)
         return cls(made, blocks, block_size)
 
 
