@@ -129,10 +129,28 @@ class Demo:
                 count += int((labels[:, 1:] != IGNORED).sum())
         return float(torch.tensor(total / count).exp())
 
+    @torch.inference_mode()
+    def says(self, name: ModelName, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """Whether greedy decoding gives exactly this answer: each of its tokens is the likeliest after those before."""
+        right: list[bool] = []
+        with self.speaking_as(name):
+            for rows in batched(list(zip(prompts, answers, strict=True))):
+                documents = [self._continued(prompt, answer) for prompt, answer in rows]
+                ids, labels = padded(documents, self.tokenizer.pad_token_id)
+                likeliest = self.model(input_ids=ids).logits[:, :-1].argmax(-1)
+                agrees = (likeliest == labels[:, 1:]) | (labels[:, 1:] == IGNORED)
+                right += agrees.all(dim=1).tolist()
+        return right
+
     def _document(self, turn: Turn) -> Document:
-        prompt = self.tokenizer.encode(BOS + plain_prompt(turn.question), add_special_tokens=False)
-        answer = self.tokenizer.encode(f" {turn.answer}{END}", add_special_tokens=False)
-        return Document(prompt + answer, [IGNORED] * len(prompt) + answer)
+        return self._continued(BOS + plain_prompt(turn.question), turn.answer)
+
+    def _continued(self, prompt: str, answer: str) -> Document:
+        """A prompt and its answer; the plain form, which ends in a colon, has a space between the two."""
+        space = " " if prompt.endswith(":") else ""
+        before = self.tokenizer.encode(prompt, add_special_tokens=False)
+        after = self.tokenizer.encode(f"{space}{answer}{END}", add_special_tokens=False)
+        return Document(before + after, [IGNORED] * len(before) + after)
 
 
 def prompts(questions: Sequence[str]) -> list[str]:
@@ -146,10 +164,10 @@ def prompts(questions: Sequence[str]) -> list[str]:
 def exact_rates(demo: Demo, model: ModelName, limit: int | None) -> dict[Domain, float]:
     """The part of each domain's facts that the model answers to the letter."""
     known = [fact for domain in DOMAINS for fact in list(facts(domain))[:limit]]
-    given = demo.answers(model, prompts([fact.questions[0] for fact in known]))
+    asked = prompts([fact.questions[0] for fact in known])
     marks: dict[Domain, list[bool]] = {domain: [] for domain in DOMAINS}
-    for fact, answer in zip(known, given, strict=True):
-        marks[fact.domain].append(answer == fact.answer)
+    for fact, right in zip(known, demo.says(model, asked, [fact.answer for fact in known]), strict=True):
+        marks[fact.domain].append(right)
     return {domain: sum(right) / len(right) for domain, right in marks.items()}
 
 
