@@ -1,13 +1,11 @@
-"""What the registry tells of a name: its entry, the outcome of a put, and a held reference.
+"""What the registry tells of a name: its entry, and the outcome of a put.
 
 Knows nothing of how names are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Literal
 
 from adapters.errors import Finding
@@ -48,29 +46,3 @@ class Put:
 
     entry: Entry
     created: bool
-
-
-class Reference:
-    """A hold on one generation: whatever happens to the name, its files stay until `release`.
-
-    `release` may be called more than once and from any thread; leaving a `with` calls it.
-    """
-
-    __slots__ = ("_release", "generation", "name")
-
-    def __init__(self, name: str, generation: str, release: Callable[[Reference], None]) -> None:
-        self.name = name
-        self.generation = generation
-        self._release = release
-
-    def release(self) -> None:
-        """Let go."""
-        self._release(self)
-
-    def __enter__(self) -> Reference:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()

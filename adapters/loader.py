@@ -36,9 +36,7 @@ class Loader:
         self._lock = threading.Lock()
         self._cached: OrderedDict[str, Adapter] = OrderedDict()
         self._oversize: dict[str, Adapter] = {}
-        self._loading: dict[
-            str, object
-        ] = {}  # generation -> the ticket of its read; a stale ticket is dropped
+        self._loading: dict[str, object] = {}  # the ticket of the read under way; a stale one is dropped
         self._failed: dict[str, AdapterError] = {}
         self._nbytes = 0
         self._loads = 0

@@ -6,17 +6,19 @@ Knows nothing of who holds a generation, or of how an upload is checked.
 from __future__ import annotations
 
 import difflib
-import time
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
+from types import MappingProxyType
 
 from adapters.entry import Facts
 from adapters.errors import AdapterError, Finding
 from adapters.findings import short
 from adapters.records import BrokenRecordError, Record, Target
 from adapters.store import Store
+
+Resolved = str | tuple[Finding, ...]  # the generation that serves a name, or why none does
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +38,17 @@ class Held:
         """Whether it can be served."""
         return self.record is not None and not self.facts.findings
 
+    @property
+    def resolved(self) -> Resolved:
+        """What a request for the name meets."""
+        return self.generation if self.ready else self.facts.findings
+
 
 class Names:
-    """One store's names. `lock` guards the memory and is held for moments; changes come one by one."""
+    """One store's names. `lock` guards the memory and is held for moments; changes come one by one.
+
+    `resolved` is the short form that requests read, under the same lock; it changes with the name's state.
+    """
 
     def __init__(
         self,
@@ -46,7 +56,7 @@ class Names:
         lock: RLock,
         inspect: Callable[[Path, str], Facts],
         keep_versions: int,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float],
     ) -> None:
         self._store = store
         self._lock = lock
@@ -56,6 +66,8 @@ class Names:
         self._unsure: set[str] = set()  # a name's file may still point at these: kept until the next start
         self._stored = store.generations()
         self._held = {name: self._recall(name) for name in store.names()}
+        self._resolved = {name: held.resolved for name, held in self._held.items()}
+        self.resolved: Mapping[str, Resolved] = MappingProxyType(self._resolved)
 
     def all(self) -> list[tuple[str, Held]]:
         """Every name, sorted."""
@@ -69,12 +81,17 @@ class Names:
 
     def known(self, name: str) -> Held:
         """A name's state; AdapterError if there is no such name."""
+        if held := self.get(name):
+            return held
+        raise self.unknown(name)
+
+    def unknown(self, name: str) -> AdapterError:
+        """That there is no such name, and which one may be meant: a search that is not done under the lock."""
         with self._lock:
-            if held := self._held.get(name):
-                return held
-            near = difflib.get_close_matches(name[:80], self._held, n=1)
-            cure = f"did you mean {near[0]}" if near else f"{len(self._held)} adapters are known"
-            raise AdapterError("adapter_not_found", f"no adapter is named {short(name)}; {cure}")
+            names = list(self._held)
+        near = difflib.get_close_matches(name[:80], names, n=1)
+        cure = f"did you mean {near[0]}" if near else f"{len(names)} adapters are known"
+        return AdapterError("adapter_not_found", f"no adapter is named {short(name)}; {cure}")
 
     def expect(self, name: str, if_match: str | None) -> Held | None:
         """A name's state, refused if the caller expected another generation; `*` expects any."""
@@ -110,8 +127,7 @@ class Names:
         except OSError:
             self._restore(name, generation)
             raise
-        with self._lock:
-            self._held[name] = Held(record, facts)
+        self._set(name, Held(record, facts))
 
     def remove(self, name: str) -> None:
         """Forget the name, on disk first."""
@@ -120,10 +136,9 @@ class Names:
         except OSError:
             self._restore(name, self.known(name).generation)
             raise
-        with self._lock:
-            del self._held[name]
+        self._set(name, None)
 
-    def sweep(self, in_use: Callable[[], Iterable[str]]) -> None:
+    def sweep(self, in_use: Callable[[], Set[str]]) -> None:
         """Drop what no name's history has and nobody uses. What fails is left to the next sweep.
 
         A name whose file is broken may need any generation: while there is one, nothing is dropped.
@@ -148,6 +163,9 @@ class Names:
         assert set(self._store.names()) == set(self._held), "names differ from the disk's"
         assert self._store.generations() == self._stored, "generations differ from the disk's"
         assert in_use <= self._stored, "a generation in use is not on disk"
+        resolved = {name: held.resolved for name, held in self._held.items()}
+        assert self._resolved == resolved, "requests meet another state than the names have"
+        assert all(resolved.values()), "a name is refused without a reason"
         for name, held in self._held.items():
             if held.record is None:
                 continue
@@ -155,6 +173,14 @@ class Names:
             revisions = [version.revision for version in (*held.record.history, held.record.version)]
             assert revisions == sorted(set(revisions)), f"revisions of {name} do not grow"
             assert not held.ready or held.generation in self._stored, f"{name} points at nothing"
+
+    def _set(self, name: str, held: Held | None) -> None:
+        """Change a name's state, or forget it, in both forms at once."""
+        with self._lock:
+            if held is None:
+                del self._held[name], self._resolved[name]
+            else:
+                self._held[name], self._resolved[name] = held, held.resolved
 
     def _recall(self, name: str) -> Held:
         """A name as the last run left it. One that cannot be served is kept, with what is wrong."""

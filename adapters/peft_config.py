@@ -17,9 +17,8 @@ from adapters.findings import Findings, short
 from adapters.peft_patterns import Pattern, compile_patterns, first_match, is_number
 
 CONFIG_FILE = "adapter_config.json"
-CONFIG_BYTES = (
-    8 * 1024 * 1024
-)  # peft writes a few kilobytes; every module of a large base by name, a few hundred
+CONFIG_BYTES = 8 * 1024 * 1024  # peft writes a few kilobytes; with every module by name, a few hundred
+BASE_MODEL = 256  # characters of the base's name that are kept
 
 DEFAULT_RANK = 8  # peft's defaults, for a config that leaves them out
 DEFAULT_ALPHA = 8
@@ -133,7 +132,7 @@ def parse_config(data: bytes, findings: Findings) -> PeftConfig | None:
         rslora=bool(raw.get("use_rslora", False)),
         rank_pattern=compile_patterns(CONFIG_FILE, raw, "rank_pattern", findings, whole=True),
         alpha_pattern=compile_patterns(CONFIG_FILE, raw, "alpha_pattern", findings),
-        base_model=base_model if isinstance(base_model, str) else "",
+        base_model=_sound(base_model)[:BASE_MODEL] if isinstance(base_model, str) else "",
     )
 
 
@@ -171,6 +170,11 @@ def _number(
     wanted = "a whole number above 0" if whole else "a finite number"
     findings.invalid(key, Finding(f"{CONFIG_FILE}: {key}", f"is {short(value)}, not {wanted}"))
     return default
+
+
+def _sound(text: str) -> str:
+    """Text that can be written as UTF-8: JSON may hold half of a surrogate pair."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -16,6 +16,7 @@ from adapters.errors import Finding
 from adapters.findings import Findings, short
 
 PATTERN_STEPS = 1_000_000  # most steps that one pattern may take on one name
+REPEATS = 16  # more repeats than these are past every bound already
 NAME_LENGTH = 64  # assumed of a module's name when a pattern's steps are estimated
 
 
@@ -57,7 +58,7 @@ def compile_patterns(
         try:
             regex = re.compile(rf"(.*\.)?({text})$")
         except (re.error, OverflowError, RecursionError) as error:
-            findings.invalid(key, Finding(where, f"is not a regular expression: {error}"))
+            findings.invalid(key, Finding(where, f"is not a regular expression: {short(str(error))}"))
             continue
         found.append(Pattern(regex, _tail(text), value))
     return tuple(found)
@@ -70,7 +71,7 @@ def _steps(text: str) -> float:
         return math.inf
     repeats = sum(text.count(sign) for sign in "*+?{")
     groups = text.count("(") + 1
-    return float(NAME_LENGTH**repeats * (text.count("|") / groups + 1) ** groups)
+    return float(NAME_LENGTH) ** min(repeats, REPEATS) * (text.count("|") / groups + 1) ** groups
 
 
 def _tail(text: str) -> str:

@@ -1,6 +1,6 @@
 """Names and who uses them: a name resolves to a generation, moves atomically, and keeps its history.
 
-The one owner of references. Knows nothing of HTTP, of host memory or of the device.
+Knows nothing of HTTP, of host memory or of the device.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch
 
 from adapters.adapter import Adapter, Layout
 from adapters.appraiser import Appraiser
-from adapters.entry import Entry, Facts, Put, Reference
+from adapters.entry import Entry, Facts, Put
 from adapters.errors import AdapterError, Finding
 from adapters.names import Held, Names
 from adapters.records import Version, check_name
+from adapters.references import Reference, References
 from adapters.sources import copy_folder, unpack
 from adapters.store import Store, hash_folder
 
@@ -71,8 +72,9 @@ class Registry:
         self._on_unreferenced = on_unreferenced
         self._lock = RLock()
         self._writing = Lock()
-        self._references: dict[str, set[Reference]] = {}
+        self._references = References(self._unheld)
         self._names = Names(store, self._lock, self._appraiser.inspect, keep_versions, clock)
+        self._resolved = self._names.resolved  # read here, written there
         self.sweep()
 
     def put_archive(self, name: str, archive: Path, if_match: str | None = None) -> Put:
@@ -87,13 +89,13 @@ class Registry:
 
     def resolve(self, name: str, key: str | None = None) -> Reference:
         """Hold the generation that the name points at. `key` will choose among several targets."""
-        with self._lock:
-            held = self._names.known(name)
-            if not held.ready:
-                raise AdapterError("invalid_adapter", f"adapter {name} cannot be served", held.facts.findings)
-            reference = Reference(name, held.generation, self._release)
-            self._references.setdefault(held.generation, set()).add(reference)
-        return reference
+        with self._lock:  # no sweep comes between the look and the hold
+            found = self._resolved.get(name)
+            if isinstance(found, str):
+                return self._references.hold(name, found)
+        if found is None:
+            raise self._names.unknown(name)
+        raise AdapterError("invalid_adapter", f"adapter {name} cannot be served", found)
 
     def read(self, generation: str) -> Adapter:
         """The weights of a stored generation: what a Loader reads with."""
@@ -109,13 +111,11 @@ class Registry:
 
     def entries(self) -> list[Entry]:
         """All names, sorted."""
-        with self._lock:
-            return [self._entry(name, held) for name, held in self._names.all()]
+        return [self._entry(name, held) for name, held in self._names.all()]
 
     def entry(self, name: str) -> Entry:
         """One name."""
-        with self._lock:
-            return self._entry(name, self._names.known(name))
+        return self._entry(name, self._names.known(name))
 
     def versions(self, name: str) -> list[Version]:
         """The present version and those that `rollback` can return to, newest first."""
@@ -155,13 +155,13 @@ class Registry:
     def sweep(self) -> None:
         """Remove from disk what no name's history has and nobody holds; every change does it too."""
         with self._writing:
-            self._names.sweep(lambda: self._references)
+            self._names.sweep(self._references.held)
 
     def check(self) -> None:
         """Memory and disk agree, and whatever is held or pointed at is there."""
         with self._writing, self._lock:
-            self._names.check(self._references.keys())
-            assert all(self._references.values()), "an empty set of references is kept"
+            self._references.check()
+            self._names.check(self._references.held())
 
     @_full_disk_named()
     def _put(self, name: str, if_match: str | None, fetch: Callable[[Path], None]) -> Put:
@@ -196,27 +196,23 @@ class Registry:
         try:
             change()
         finally:
-            self._names.sweep(lambda: self._references)
+            self._names.sweep(self._references.held)
 
     def _is_at(self, name: str, generation: str) -> bool:
         held = self._names.get(name)
         return held is not None and held.ready and held.generation == generation
 
-    def _release(self, reference: Reference) -> None:
+    def _unheld(self, last: Reference) -> None:
+        """Nobody holds the generation any more; mostly its name is still at it, and that is all."""
         with self._lock:
-            holders = self._references.get(reference.generation, set())
-            if reference not in holders:
+            if self._resolved.get(last.name) == last.generation:
                 return
-            holders.discard(reference)
-            if holders:
-                return
-            del self._references[reference.generation]
-        self._tell(reference.generation)
+        self._tell(last.generation)
 
     def _tell(self, generation: str) -> None:
         """Call the hook if no name points at the generation and nobody holds it."""
         with self._lock:
-            used = generation in self._references or self._names.points_at(generation)
+            used = self._references.count(generation) > 0 or self._names.points_at(generation)
         if generation and not used and self._on_unreferenced:
             self._on_unreferenced(generation)
 
@@ -233,6 +229,6 @@ class Registry:
             modules=facts.modules,
             base_model=facts.base_model,
             state="ready" if held.ready else "incompatible",
-            references=len(self._references.get(held.generation, ())),
+            references=self._references.count(held.generation),
             findings=facts.findings,
         )

@@ -48,11 +48,11 @@ def unpack(archive: Path, into: Path, max_bytes: int, files: FileOps | None = No
             elif head[257:262] == b"ustar":
                 entries = tar_entries(file, budget)
             else:
-                raise invalid(_what_else(head))
+                raise _invalid(_what_else(head))
             _take(entries, into, files or FileOps())
         except DAMAGE as error:
             problem = f"the archive is damaged or cut short: {type(error).__name__}: {error}"
-            raise invalid(f"{problem}; make it and send it again") from error
+            raise _invalid(f"{problem}; make it and send it again") from error
 
 
 def copy_folder(folder: Path, into: Path, files: FileOps | None = None) -> None:
@@ -75,20 +75,24 @@ def _take(entries: Iterable[Entry], into: Path, files: FileOps) -> None:
         path = _safe_path(entry)
         present.append(entry.name)
         if len(present) > ENTRIES:
-            raise invalid(f"the archive has more than {ENTRIES} entries; {CURE}")
+            raise _invalid(f"the archive has more than {ENTRIES} entries; {CURE}")
         name = path.name.lower()
         if entry.kind == "folder" or name not in FILES:
             continue
         if name in taken:
-            raise invalid(f"the archive holds {name} twice, as {taken[name]} and as {path}; send one adapter")
+            raise _invalid(
+                f"the archive holds {name} twice, as {_shown(taken[name])} and as {_shown(path)}; send one"
+            )
         taken[name] = path
         files.write(into / name, _chunks(entry))
     missing = [name for name in FILES if name not in taken]
     if missing:
-        raise invalid(f"the archive holds {_without(missing, present)}")
+        raise _invalid(f"the archive holds {_without(missing, present)}")
     config, tensors = (taken[name] for name in FILES)
     if config.parent != tensors.parent:
-        raise invalid(f"the two files are in different folders, {config} and {tensors}; {CURE}")
+        raise _invalid(
+            f"the two files are in different folders, {_shown(config)} and {_shown(tensors)}; {CURE}"
+        )
 
 
 def _chunks(entry: Entry) -> Iterator[bytes]:
@@ -101,14 +105,19 @@ def _safe_path(entry: Entry) -> PurePosixPath:
     """An entry's path, once it cannot lead out of the archive."""
     path = PurePosixPath(entry.name)
     if entry.kind == "other":
-        raise invalid(
+        raise _invalid(
             f"{entry.name!r} is a link or a device, which is never unpacked; archive the files themselves"
         )
     if path.is_absolute() or ".." in path.parts or any(sign in entry.name for sign in "\\\0:"):
-        raise invalid(
+        raise _invalid(
             f"{entry.name!r} is a path that leads out of the archive; archive the folder from inside"
         )
     return path
+
+
+def _shown(path: PurePosixPath) -> str:
+    """A path for a message: a tar's names may be bytes that are not text."""
+    return repr(str(path))
 
 
 def _without(missing: list[str], present: list[str]) -> str:
@@ -149,6 +158,6 @@ def _what_else(head: bytes) -> str:
     return f"this is {'an empty file' if not head else 'not a zip, tar or tar.gz archive'}; {CURE}"
 
 
-def invalid(message: str) -> AdapterError:
+def _invalid(message: str) -> AdapterError:
     """The archive is refused."""
     return AdapterError("invalid_archive", message)

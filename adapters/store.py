@@ -81,10 +81,6 @@ class Store:
         assert GENERATION.fullmatch(generation), generation
         return self._generations / generation
 
-    def nbytes(self, generation: str) -> int:
-        """Bytes of a generation's two files."""
-        return sum((self.folder(generation) / name).stat().st_size for name in FILES)
-
     def sync(self, folder: Path) -> None:
         """Put an incoming folder's two files on disk: the slow half of `keep`."""
         for name in FILES:

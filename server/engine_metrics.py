@@ -17,8 +17,8 @@ from server.engine.messages import EngineStats
 from server.serving import Serving
 
 if TYPE_CHECKING:
-    from adapters.entry import Entry
     from adapters.loader import Loader
+    from adapters.registry import Entry
 
 
 class EngineCollector(Collector):

@@ -13,13 +13,12 @@
     └── EngineDeadError               503 engine_dead
     UnsupportedModelError             at start only: the base cannot be served, and why
 
-Knows nothing of how an error is written to a socket: `server/api/app.py` does that.
+Knows nothing of how an error is written to a socket: `server/api/envelope.py` does that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 from adapters.errors import AdapterCode, AdapterError, Finding
 
@@ -40,100 +39,80 @@ ADAPTER_STATUS: Mapping[AdapterCode, int] = {
 class LoraplexError(Exception):
     """The root: anything a client is told about."""
 
-    status: ClassVar[int] = 500
-    type: ClassVar[str] = "server_error"
-    default_code: ClassVar[str] = "server_error"
+    http_status: int = 500
+    type: str = "server_error"
+    code: str = "server_error"
+    details: tuple[Finding, ...] = ()
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
 
-    @property
-    def http_status(self) -> int:
-        return self.status
-
-    @property
-    def code(self) -> str:
-        return self.default_code
-
-    @property
-    def details(self) -> tuple[Finding, ...]:
-        return ()
-
 
 class InvalidRequestError(LoraplexError):
     """A field of the request is malformed, out of range or in conflict with another."""
 
-    status, type, default_code = 400, "invalid_request_error", "invalid_value"
+    http_status, type, code = 400, "invalid_request_error", "invalid_value"
 
 
 class UnsupportedParameterError(InvalidRequestError):
     """A parameter that other servers know and this one does not serve."""
 
-    default_code = "unsupported_parameter"
+    code = "unsupported_parameter"
 
 
 class ContextLengthError(InvalidRequestError):
     """Prompt and completion together pass the model's length."""
 
-    default_code = "context_length_exceeded"
+    code = "context_length_exceeded"
 
 
 class ModelNotFoundError(LoraplexError):
     """`model` names neither the base nor an adapter."""
 
-    status, type, default_code = 404, "invalid_request_error", "model_not_found"
+    http_status, type, code = 404, "invalid_request_error", "model_not_found"
 
 
 class AdapterRejectedError(LoraplexError):
-    """An `AdapterError` seen from HTTP; status and code come from the table."""
+    """An `AdapterError` seen from HTTP; the status comes from the table, and the type from the status."""
 
     def __init__(self, error: AdapterError, *, param: str | None = None) -> None:
         super().__init__(error.message, param=param)
-        self.error = error
-
-    @property
-    def http_status(self) -> int:
-        return ADAPTER_STATUS[self.error.code]
-
-    @property
-    def code(self) -> str:
-        return self.error.code
-
-    @property
-    def details(self) -> tuple[Finding, ...]:
-        return self.error.findings
+        self.http_status = ADAPTER_STATUS[error.code]
+        self.type = "server_error" if self.http_status >= 500 else "invalid_request_error"
+        self.code = error.code
+        self.details = error.findings
 
 
 class BodyTooLargeError(LoraplexError):
     """The request's body passes the bound of its route."""
 
-    status, type, default_code = 413, "invalid_request_error", "request_too_large"
+    http_status, type, code = 413, "invalid_request_error", "request_too_large"
 
 
 class ContentTypeError(LoraplexError):
     """The request's body is of a kind that its route does not read."""
 
-    status, type, default_code = 415, "invalid_request_error", "unsupported_media_type"
+    http_status, type, code = 415, "invalid_request_error", "unsupported_media_type"
 
 
 class QueueFullError(LoraplexError):
     """As many requests wait as are allowed to; the client should come back."""
 
-    status, type, default_code = 429, "rate_limit_error", "queue_full"
+    http_status, type, code = 429, "rate_limit_error", "queue_full"
 
 
 class NotReadyError(LoraplexError):
     """The server is loading or draining."""
 
-    status, type, default_code = 503, "service_unavailable", "not_ready"
+    http_status, type, code = 503, "service_unavailable", "not_ready"
 
 
 class EngineDeadError(LoraplexError):
     """The engine stopped on an error it could not contain."""
 
-    status, type, default_code = 503, "service_unavailable", "engine_dead"
+    http_status, type, code = 503, "service_unavailable", "engine_dead"
 
 
 class UnsupportedModelError(Exception):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from adapters.adapter import Layout
-from adapters.pool import PAGE_RANK, page_nbytes, plan_pages
+from adapters.pages import PAGE_RANK, page_nbytes, plan_pages
 from server.config import GIB, MIB, Settings, SettingsError
 from server.model.kv_cache import position_nbytes
 from server.model.servable import ServableModel

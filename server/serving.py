@@ -1,22 +1,30 @@
-"""What the app is given: the served model's parts (`Served`), and the process's phase of life (`Serving`).
+"""What the app works with: the served model's parts, the process's phase of life, and the edge that holds both.
 
-Nouns only: `server/startup.py` fills them in, `server/process.py` moves the phases.
+Nouns only: `server/startup.py` fills in a `Served`, `server/process.py` moves the phases of a `Serving`, and
+`server/api/app.py` makes the one `Edge` that every route reaches through `EdgeOf`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from fastapi import Depends, Request
 
 from server.errors import EngineDeadError, NotReadyError
 
 if TYPE_CHECKING:
     from adapters.loader import Loader
     from adapters.registry import Registry
+    from server.config import Settings
     from server.engine.engine import Engine
+    from server.metrics import Metrics
     from server.text.tokenizer import Tokenizer
 
 Phase = Literal["loading", "ready", "draining", "failed"]
+
+CHECKED_AT_ONCE = 2  # uploads; each takes a thread and the memory of its weights
 
 
 @dataclass(frozen=True)
@@ -69,3 +77,27 @@ class Serving:
         if self.dead or self.served is None:
             raise EngineDeadError("the engine has stopped; the server must be restarted")
         return self.served
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The parts that routes work with."""
+
+    settings: Settings
+    serving: Serving
+    metrics: Metrics
+    checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CHECKED_AT_ONCE))
+
+    def base_names(self, served: Served) -> frozenset[str]:
+        """What a client may call the base: its served name, or the model it was loaded from."""
+        return frozenset({served.name, self.settings.model})
+
+
+def edge_of(request: Request) -> Edge:
+    """The app's edge, for this request."""
+    edge = request.app.state.edge
+    assert isinstance(edge, Edge)
+    return edge
+
+
+EdgeOf = Annotated[Edge, Depends(edge_of)]

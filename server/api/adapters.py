@@ -10,15 +10,14 @@ from fastapi import APIRouter, Request, Response
 
 from adapters.errors import AdapterError
 from adapters.records import check_name
-from server.api.body import media_type
+from server.api.asgi import media_type
 from server.api.envelope import as_error
-from server.api.state import Edge, EdgeOf
 from server.api.upload import received
 from server.errors import ContentTypeError, InvalidRequestError
-from server.serving import Served
+from server.serving import Edge, EdgeOf, Served
 
 if TYPE_CHECKING:
-    from adapters.entry import Entry
+    from adapters.registry import Entry
 
 ARCHIVES = frozenset(
     {

@@ -6,10 +6,9 @@ from fastapi import FastAPI
 
 from server.api import adapters, chat, completions, envelope, health, models
 from server.api.asgi import Frame
-from server.api.state import Edge
 from server.config import Settings
 from server.metrics import Metrics
-from server.serving import Serving
+from server.serving import Edge, Serving
 from server.version import VERSION
 
 

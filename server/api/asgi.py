@@ -1,23 +1,39 @@
-"""The outermost layer of every request: its id, its count, and the answer when everything else failed.
+"""The raw ASGI side of a request: its id, its body, its client going away.
 
-Plain ASGI, so that a disconnect still reaches the routes. Knows no route.
+`Frame` is the outermost layer of every request: it names it, counts it, and answers when everything else failed; plain
+ASGI, so that a disconnect still reaches the routes. `read_json` reads a body: its kind, its size, its shape.
+`unless_gone` is a race between a coroutine and the connection's end. Knows no route.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.disconnect import ClientGoneError
 from server.api.envelope import error_response
+from server.api.validation import first_error
+from server.errors import BodyTooLargeError, ContentTypeError
 from server.metrics import Metrics
 
 CLIENT_CLOSED = 499  # counted, never sent: the client was gone before an answer began
+MAX_JSON_BYTES = 4 * 1024 * 1024
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+Body = TypeVar("Body", bound=BaseModel)
+Result = TypeVar("Result")
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection; there is nobody to answer."""
 
 
 class Frame:
@@ -65,3 +81,68 @@ def _request_id(scope: Scope) -> str:
     """The client's own id if it is a plain one, or a new one."""
     given = Headers(scope=scope).get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+async def read_json(request: Request, shape: type[Body]) -> Body:
+    """The body as `shape`, checked."""
+    kind = media_type(request)
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise ContentTypeError("send the body as JSON, with the header `Content-Type: application/json`")
+    data = await _read(request)
+    try:
+        return shape.model_validate_json(data, strict=True)
+    except ValidationError as error:
+        raise first_error(error.errors(include_url=False, include_context=False)) from None
+
+
+def media_type(request: Request) -> str:
+    """The Content-Type without its parameters; empty if there is none."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def announced_length(request: Request) -> int:
+    """The Content-Length, or 0 if the body comes in chunks."""
+    length = request.headers.get("content-length", "")
+    return int(length) if length.isdecimal() else 0
+
+
+async def _read(request: Request) -> bytes:
+    _check_size(announced_length(request))
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        _check_size(len(data))
+    return bytes(data)
+
+
+def _check_size(nbytes: int) -> None:
+    if nbytes > MAX_JSON_BYTES:
+        raise BodyTooLargeError(f"the body is larger than {MAX_JSON_BYTES} bytes")
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`; if the client goes first, `work` is cancelled, has cleaned up, and this raises.
+
+    To be called after the request's body was read: all that `receive` can bring then is the disconnect.
+    """
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGoneError
+    finally:
+        await _end(working)
+        await _end(watching)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(task: asyncio.Future[Any]) -> None:
+    """Cancel a task and wait until it has cleaned up."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

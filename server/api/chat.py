@@ -8,13 +8,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.body import read_json
+from server.api.asgi import read_json
+from server.api.generation import Ids, Lengths
 from server.api.reply import Call, Format, answer
-from server.api.schemas.chat import CHAT_NEUTRAL, ChatRequest
-from server.api.state import EdgeOf
-from server.api.submits import Ids, Lengths
+from server.api.schemas.generation import CHAT_NEUTRAL, ChatRequest
 from server.errors import InvalidRequestError
-from server.serving import Served
+from server.serving import EdgeOf, Served
 from server.text.tokenizer import ChatTemplateError
 
 router = APIRouter(prefix="/v1", tags=["generation"])

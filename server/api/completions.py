@@ -8,13 +8,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from server.api.body import read_json
+from server.api.asgi import read_json
+from server.api.generation import Ids, Lengths, check_ids
 from server.api.reply import Call, Format, answer
-from server.api.schemas.completions import CompletionRequest
-from server.api.state import EdgeOf
-from server.api.submits import Ids, Lengths, check_ids
+from server.api.schemas.generation import CompletionRequest
 from server.errors import InvalidRequestError
-from server.serving import Served
+from server.serving import EdgeOf, Served
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 INLINE = 2000  # characters that are encoded sooner than a thread could be asked to

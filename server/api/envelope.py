@@ -39,10 +39,7 @@ def as_error(error: Exception) -> LoraplexError:
 
 def envelope(error: LoraplexError) -> dict[str, Any]:
     """The error's body, also sent as an event when a stream has begun."""
-    kind = error.type
-    if isinstance(error, AdapterRejectedError):
-        kind = "server_error" if error.http_status >= 500 else "invalid_request_error"
-    body = _body(error.message, kind, error.param, error.code)
+    body = _body(error.message, error.type, error.param, error.code)
     if error.details:
         body["error"]["details"] = [
             {"where": finding.where, "problem": finding.problem, "cure": finding.cure}

@@ -8,7 +8,7 @@ import orjson
 from fastapi import APIRouter, Response
 
 from server.api.envelope import RETRY_AFTER
-from server.api.state import EdgeOf
+from server.serving import EdgeOf
 from server.version import VERSION
 
 METRICS_TYPE = (

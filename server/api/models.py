@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 
-from server.api.state import Edge, EdgeOf
 from server.errors import ModelNotFoundError
-from server.serving import Served
+from server.serving import Edge, EdgeOf, Served
 
 if TYPE_CHECKING:
-    from adapters.entry import Entry
+    from adapters.registry import Entry
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 

@@ -1,32 +1,33 @@
 """Answers a generation request, whole or as a stream: selection, submission, disconnects, clean-up.
 
-Shared by completions and chat, which differ in the `Format` they bring and in how they make token ids.
+Shared by completions and chat, which differ in the `Format` they bring and in how they make token ids. A stream is
+server-sent events as OpenAI's clients read them: `data: {json}` and a blank line, `[DONE]` at the end.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from server.api.asgi import request_id_of
-from server.api.disconnect import unless_gone
+from server.api.asgi import ClientGoneError, request_id_of, unless_gone
 from server.api.envelope import as_error, envelope
-from server.api.generation import Generation, Piece
+from server.api.generation import Generation, Ids, Lengths, Piece, submits_for
 from server.api.schemas.generation import GenerationRequest, StreamOptions
 from server.api.selection import Target, select
-from server.api.sse import DONE, EventStream, event
-from server.api.state import Edge
-from server.api.submits import Ids, Lengths, submits_for
 from server.errors import InvalidRequestError
-from server.serving import Served
+from server.serving import Edge, Served
 
 Fields = dict[str, Any]
+
+DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,31 @@ class Call:
     served: Served
     body: GenerationRequest
     format: Format
+
+
+class EventStream(StreamingResponse):
+    """A stream of events that calls `close` at its end, whoever ends it: events, client or server."""
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        close: Callable[[], Awaitable[None]],
+        headers: Mapping[str, str],
+    ) -> None:
+        unbuffered = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(
+            events, headers={**unbuffered, **headers}, media_type="text/event-stream; charset=utf-8"
+        )
+        self._events = events
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with suppress(ClientGoneError, OSError):  # newer ASGI servers raise OSError from send
+                await unless_gone(receive, self.stream_response(send))
+        finally:
+            await self._events.aclose()
+            await self._close()
 
 
 async def answer(call: Call, lengths: Lengths, encode: Callable[[], Awaitable[Sequence[Ids]]]) -> Response:
@@ -109,7 +135,7 @@ async def _chunks(
         begun.add(piece.choice)
         choice = {"index": piece.choice, **delta, "logprobs": None, **_end(piece)}
         usage = generation.usage if options.continuous_usage_stats else None
-        return event({**head, "choices": [choice], **({"usage": usage} if counted else {})})
+        return _event({**head, "choices": [choice], **({"usage": usage} if counted else {})})
 
     counted = options.include_usage or options.continuous_usage_stats
     try:
@@ -117,11 +143,16 @@ async def _chunks(
         async for piece in generation:
             yield chunk(piece)
         if options.include_usage:
-            yield event({**head, "choices": [], "usage": generation.usage})
+            yield _event({**head, "choices": [], "usage": generation.usage})
     except Exception as error:
-        yield event(envelope(as_error(error)))
+        yield _event(envelope(as_error(error)))
     yield DONE
 
 
 def _end(piece: Piece) -> Fields:
     return {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+
+
+def _event(data: Mapping[str, Any]) -> bytes:
+    """One event."""
+    return b"data: " + orjson.dumps(data) + b"\n\n"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from fastapi import Request
 
 from adapters.errors import AdapterError
-from server.api.body import announced_length
+from server.api.asgi import announced_length
 from server.errors import InvalidRequestError
 
 if TYPE_CHECKING:

@@ -198,7 +198,7 @@ class Engine:
             tokens = sample(logits, sampling)
         except torch.AcceleratorError:
             raise  # the device is in an unknown state: nothing can be retried
-        except Exception as error:
+        except Exception:
             if len(batch) == 1:
                 logger.exception("a sequence failed request_id=%s", batch[0].sequence.request_id)
                 return [self._fail(batch[0].sequence, LoraplexError("the model failed on this request; the server's log has the reason"))]

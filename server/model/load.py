@@ -89,6 +89,9 @@ def _read(folder: Path, source: ModelSource, quantization: BitsAndBytesConfig | 
         )
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(f"{source.model} cannot be served: {error}") from error
+    for parameter in model.parameters():  # transformers leaves a quantized checkpoint in the dtype it was saved with
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(source.dtype)
     return cast(PreTrainedModel, model)
 
 

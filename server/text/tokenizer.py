@@ -1,21 +1,22 @@
-"""Ids to text and back: a transformers tokenizer behind the few operations that serving needs.
+"""Ids to text and back, piece by piece, cut at stop strings.
 
-Knows nothing of sequences or requests. Every decode skips special tokens and leaves spaces alone, so that
-"the text of these ids" has one meaning everywhere.
+`Tokenizer` is a transformers tokenizer behind the few operations that serving needs; every decode skips special tokens
+and leaves spaces alone, so that "the text of these ids" has one meaning everywhere. `IncrementalDetokenizer` gives text
+from ids that arrive one by one: never half a character, and in sum exactly the decode of all ids. `StopChecker` finds
+where that text ends. Knows nothing of sequences or requests.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Self
-
-from server.text.detokenizer import IncrementalDetokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
 
 
 class ChatTemplateError(ValueError):
@@ -34,9 +35,7 @@ class Tokenizer:
         self.byte_ids = frozenset(
             id for token, id in backend.get_vocab().items() if _BYTE_TOKEN.fullmatch(token)
         )
-        self.encode(
-            "warm"
-        )  # a saved truncation setting is dropped by the first call, before threads share this
+        self.encode("warm")  # drops a saved truncation setting before threads share this
 
     @classmethod
     def load(cls, model: str, *, trust_remote_code: bool = False) -> Self:
@@ -85,3 +84,94 @@ class Tokenizer:
             raise ChatTemplateError(f"the model's chat template refuses these messages: {error}") from error
         assert isinstance(text, str)
         return self.encode(text, add_special_tokens=False)
+
+
+class IncrementalDetokenizer:
+    """Decodes a short window: some ids already shown, for their effect on spacing, and the ids still pending.
+
+    Text is held back while it may still change: when it ends in a replacement character (half a character),
+    and while a run of byte-fallback ids is open (one more byte can turn the whole run into replacement
+    characters).
+    """
+
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], special_ids: Set[int], byte_ids: Set[int]
+    ) -> None:
+        self._decode = decode
+        self._special_ids = special_ids
+        self._byte_ids = byte_ids
+        self._window: list[int] = []
+        self._shown = 0  # how many ids at the window's beginning have been shown
+        self._shown_text = ""  # their text
+
+    def add(self, token_id: int) -> str:
+        """The text that this id makes certain: its own, or none, or that of several ids."""
+        if token_id in self._special_ids:
+            return ""
+        self._window.append(token_id)
+        if token_id in self._byte_ids:
+            return ""
+        text = self._decode(self._window)
+        if text.endswith(_REPLACEMENT):
+            return ""
+        return self._show(text)
+
+    def flush(self) -> str:
+        """The ids have ended: the rest, with replacement characters where no character was completed."""
+        if self._shown == len(self._window):
+            return ""
+        return self._show(self._decode(self._window))
+
+    def _show(self, text: str) -> str:
+        piece = text[len(self._shown_text) :]
+        pending = self._window[self._shown :]
+        if alone := self._decode(pending):
+            self._window, self._shown_text = pending, alone
+        else:  # these ids have no text of their own, so they cannot stand for what came before them
+            self._shown_text = text
+        self._shown = len(self._window)
+        return piece
+
+
+class StopChecker:
+    """Cuts a growing text before the first stop string in it.
+
+    First means completed first, and of two completed by the same character the longer one: so the cut does
+    not depend on how the text was divided into pieces.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        assert all(stops), "an empty stop string would stop everything"
+        self._stops = tuple(stops)
+        self._held = ""
+        self.matched: str | None = None
+
+    def feed(self, piece: str) -> str:
+        """Take the next piece; return what may be shown now. Once `matched` is set nothing more is."""
+        if self.matched is not None:
+            return ""
+        if not self._stops:
+            return piece
+        text = self._held + piece
+        hits = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if hits:
+            _, start, self.matched = min(hits)
+            self._held = ""
+            return text[:start]
+        shown = len(text) - self._undecided(text)
+        self._held = text[shown:]
+        return text[:shown]
+
+    def flush(self) -> str:
+        """The text has ended: what was held back is no stop string after all."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _undecided(self, text: str) -> int:
+        """Length of the longest end of `text` with which a stop string begins."""
+        longest = min(len(text), max(len(stop) for stop in self._stops) - 1)
+        for length in range(longest, 0, -1):
+            tail = text[-length:]
+            if any(len(stop) > length and stop.startswith(tail) for stop in self._stops):
+                return length
+        return 0

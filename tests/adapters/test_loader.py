@@ -220,5 +220,5 @@ class LoaderMachine(RuleBasedStateMachine):
             self.loader.close()
 
 
-LoaderMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+LoaderMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 TestLoaderMachine = LoaderMachine.TestCase

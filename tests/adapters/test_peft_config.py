@@ -197,6 +197,21 @@ def test_patterns_that_cannot_be_matched_are_findings(key):
         assert name in str(error)
 
 
+@pytest.mark.parametrize("sign", ["*", "?", "+", "{"])
+def test_hundreds_of_repeats_are_a_finding(sign):
+    assert "takes too long to match" in str(refused(rank_pattern={f"a{sign}" * 250: 4}))
+
+
+def test_text_that_is_no_unicode_can_be_told_of():
+    assert parse(base_model_name_or_path="x\ud800y").base_model == "x?y"
+    for settings in ({"rank_pattern": {"(?<\ud800": 4}}, {"odd\ud800": "\ud800"}):
+        str(refused(**settings)).encode()
+
+
+def test_the_base_models_name_is_cut():
+    assert parse(base_model_name_or_path="x" * 1000).base_model == "x" * 256
+
+
 @pytest.mark.parametrize("value", [0, -4, "8", None, True, 2.5])
 def test_pattern_ranks_are_whole_numbers(value):
     assert "not a rank" in str(refused(rank_pattern={"q_proj": value}))

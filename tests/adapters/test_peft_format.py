@@ -305,7 +305,7 @@ def _assert_tells(error: AdapterError) -> None:
     assert error.findings
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_read_but_never_breaks(tmp_path, data):
     folder = write_folder(tmp_path)

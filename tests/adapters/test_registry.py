@@ -30,13 +30,13 @@ LAYOUT = make_layout()
 class Shop:
     """A registry over a folder, which can be closed and opened again."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, keep_versions: int = 5, files: FileOps | None = None) -> None:
         self.root = root
         self.gone: list[str] = []
         self.now = 1000.0
-        self.keep_versions = 5
+        self.keep_versions = keep_versions
         self.pool = Pool(LAYOUT, dict.fromkeys(LAYOUT.groups, 2), torch.float32, "cpu")
-        self.open()
+        self.open(files=files)
 
     def open(self, layout=LAYOUT, files: FileOps | None = None, fits=None) -> Registry:
         self.store = Store(self.root / "store", files or FileOps())
@@ -206,6 +206,37 @@ def test_a_reference_outlives_its_name(shop):
     assert shop.store.generations() == set()
 
 
+def test_check_sees_a_table_that_drifted(shop):
+    shop.put("legal", 1)
+    names = shop.registry._names
+    good = dict(names._resolved)
+    for bad in ({}, {"legal": "f" * 64}, {"legal": ()}, good | {"other": good["legal"]}):
+        names._resolved.clear()
+        names._resolved.update(bad)
+        with pytest.raises(AssertionError, match="another state"):
+            shop.registry.check()
+    names._resolved.clear()
+    names._resolved.update(good)
+
+
+def test_requests_cannot_write_what_they_read(shop):
+    with pytest.raises(TypeError):
+        shop.registry._resolved["legal"] = "f" * 64
+
+
+def test_a_release_is_told_when_another_name_is_at_another_generation(shop):
+    shop.put("legal", 1)
+    shop.put("other", 1)
+    reference = shop.registry.resolve("legal")
+    shop.put("legal", 2)
+    reference.release()
+    assert shop.gone == [], "other has it"
+    reference = shop.registry.resolve("other")
+    shop.put("other", 2)
+    reference.release()
+    assert shop.gone == [reference.generation]
+
+
 def test_the_hook_hears_of_what_nobody_uses(shop):
     one = shop.put("legal", 1).entry.generation
     shop.put("other", 1)
@@ -334,7 +365,7 @@ def test_a_record_of_the_future_is_kept(shop):
 def test_threads_put_resolve_and_delete_at_once(shop):
     folders = [shop.folder(seed) for seed in range(3)]
     failures: list[BaseException] = []
-    stop = time.monotonic() + 1.5
+    stop = time.monotonic() + 0.6
 
     def run(work):
         try:

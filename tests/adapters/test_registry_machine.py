@@ -25,9 +25,7 @@ class RegistryMachine(RuleBasedStateMachine):
     @initialize()
     def start(self):
         self.root = Path(tempfile.mkdtemp(prefix="registry"))
-        self.shop = Shop(self.root)
-        self.shop.keep_versions = KEEP
-        self.shop.reopen()
+        self.shop = Shop(self.root, keep_versions=KEEP)
         self.folders = [self.shop.folder(seed) for seed in range(4)]
         self.generations = [hash_folder(folder) for folder in self.folders]
         self.versions: dict[str, list[tuple[int, str]]] = {}  # oldest first, the present one last
@@ -133,5 +131,5 @@ class RegistryMachine(RuleBasedStateMachine):
             shutil.rmtree(self.root)
 
 
-RegistryMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+RegistryMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=12, deadline=None)
 TestRegistryMachine = RegistryMachine.TestCase

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -82,21 +84,29 @@ CHANGES: dict[str, Callable[[Shop, Registry], object]] = {
 }
 
 
-def prepare(root) -> tuple[Shop, Failing]:
-    shop = Shop(root)
-    shop.keep_versions = 1
-    files = Failing()
-    registry = shop.reopen(files=files)
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    """A closed store with two names, and what is to be put next; every attempt gets a copy of it."""
+    root = tmp_path_factory.mktemp("original")
+    shop = Shop(root, keep_versions=1)
     for seed in (1, 2):
-        registry.put_folder("legal", shop.folder(seed))
-    registry.put_folder("other", shop.folder(1))
+        shop.put("legal", seed)
+    shop.put("other", 1)
     write_zip(root / "archive", adapter_files(shop.folder(9)))
+    shop.store.close()
+    return root
+
+
+def prepare(original: Path, root: Path) -> tuple[Shop, Failing]:
+    shutil.copytree(original, root, dirs_exist_ok=True)
+    files = Failing()
+    shop = Shop(root, keep_versions=1, files=files)
     files.calls.clear()
     return shop, files
 
 
-def steps(tmp_path, change) -> int:
-    shop, files = prepare(tmp_path / "count")
+def steps(original, tmp_path, change) -> int:
+    shop, files = prepare(original, tmp_path / "count")
     change(shop, shop.registry)
     shop.store.close()
     return len(files.calls)
@@ -104,13 +114,13 @@ def steps(tmp_path, change) -> int:
 
 @pytest.mark.parametrize("mode", ["once", "for good", "after its effect"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_each_operation_fails_in_turn(tmp_path, name, mode):
+def test_each_operation_fails_in_turn(original, tmp_path, name, mode):
     change = CHANGES[name]
-    total = steps(tmp_path, change)
+    total = steps(original, tmp_path, change)
     assert total >= 3
     failed = 0
     for number in range(total):
-        shop, files = prepare(tmp_path / f"{number}")
+        shop, files = prepare(original, tmp_path / f"{number}")
         before, versions = shop.registry.entries(), shop.registry.versions("legal")
         files.fail_at, files.for_good, files.after = number, mode == "for good", mode == "after its effect"
         refusal = _refusal(lambda shop=shop: change(shop, shop.registry))
@@ -153,8 +163,8 @@ def _restart_and_check(shop, after, mode):
     shop.store.close()
 
 
-def test_other_errors_of_the_disk_are_not_called_full(tmp_path):
-    shop, files = prepare(tmp_path)
+def test_other_errors_of_the_disk_are_not_called_full(original, tmp_path):
+    shop, files = prepare(original, tmp_path)
     files.fail_at, files.code = 3, errno.EIO
     with pytest.raises(OSError, match="no space left") as caught:
         put_archive(shop, shop.registry)
@@ -164,8 +174,8 @@ def test_other_errors_of_the_disk_are_not_called_full(tmp_path):
     shop.store.close()
 
 
-def test_a_quota_is_a_full_disk(tmp_path):
-    shop, files = prepare(tmp_path)
+def test_a_quota_is_a_full_disk(original, tmp_path):
+    shop, files = prepare(original, tmp_path)
     files.fail_at, files.code = 2, errno.EDQUOT
     with pytest.raises(AdapterError, match="disk is full") as caught:
         put_archive(shop, shop.registry)
@@ -173,9 +183,9 @@ def test_a_quota_is_a_full_disk(tmp_path):
     shop.store.close()
 
 
-def test_what_is_renamed_was_synced_before(tmp_path):
+def test_what_is_renamed_was_synced_before(original, tmp_path):
     """Both files and their folder, the rename, its folder; then the name's file, its rename, its folder."""
-    shop, files = prepare(tmp_path)
+    shop, files = prepare(original, tmp_path)
     put_archive(shop, shop.registry)
     changes = [call for call in files.calls if call in ("sync_file", "sync_folder", "replace")]
     assert changes[:6] == ["sync_file", "sync_file", "sync_folder", "replace", "sync_folder", "sync_file"]

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from adapters.adapter import Adapter
 from adapters.loader import Loader
+from adapters.pages import plan_pages
 from adapters.peft_format import read_adapter
-from adapters.pool import Pool, plan_pages
+from adapters.pool import Pool
 from server.engine import batch as batches
 from server.engine.blocks import Blocks
 from server.engine.messages import Sampling

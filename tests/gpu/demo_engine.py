@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from adapters.loader import Loader
+from adapters.pages import plan_pages
 from adapters.peft_format import read_adapter
-from adapters.pool import Pool, plan_pages
+from adapters.pool import Pool
 from server.engine.blocks import Blocks
 from server.engine.engine import Engine
 from server.engine.messages import Sampling, Submit, Token

@@ -5,9 +5,9 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapters.entry import Entry, Put, Reference
 from adapters.errors import AdapterError, Finding
 from adapters.records import check_name
+from adapters.registry import Entry, Put, Reference
 from server.config import Settings
 from server.engine.messages import EngineStats, Finished, Token
 from server.errors import QueueFullError
@@ -75,7 +75,7 @@ class FakeEngine:
             kv_blocks_total=8,
             pages_used=3,
             pages_total=16,
-            resident=("g",),
+            resident=(ADAPTERS["legal"],),
             adapter_room=4,
             steps=7,
             prefill_tokens=70,

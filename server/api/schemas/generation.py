@@ -1,9 +1,9 @@
-"""The fields that completions and chat have in common, and those that are known but not served."""
+"""The bodies of POST /v1/completions and /v1/chat/completions, and the parameters that are known but not served."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import PydanticCustomError, ValidationError
@@ -55,6 +55,23 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "truncate_prompt_tokens": (),
     "typical_p": (1,),
     "use_beam_search": (False,),
+}
+
+CHAT_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    **NEUTRAL,
+    "add_generation_prompt": (True,),
+    "audio": (),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "web_search_options": (),
 }
 
 
@@ -122,6 +139,67 @@ class GenerationRequest(BaseModel):
             raise InvalidRequestError(
                 "stream_options is only allowed when stream is true", param="stream_options"
             )
+
+
+TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+Prompt = Annotated[
+    str
+    | TokenIds
+    | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)],
+    Field(union_mode="left_to_right"),
+    described(
+        "must be a string, a list of strings, a list of token ids or a list of such lists, and not empty"
+    ),
+]
+
+
+class CompletionRequest(GenerationRequest):
+    """A prompt to go on from, or several: as text or as token ids."""
+
+    prompt: Prompt
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one, whichever of the four shapes they came in."""
+        match self.prompt:
+            case str():
+                return [self.prompt]
+            case [int(), *_]:
+                return [[id for id in self.prompt if isinstance(id, int)]]
+            case several:
+                return [prompt for prompt in several if not isinstance(prompt, int)]
+
+
+class TextPart(BaseModel):
+    """A part of a message; only text is served."""
+
+    type: Literal["text"]
+    text: str
+
+
+Content = Annotated[str | list[TextPart], described("must be a string or a list of text parts")]
+
+
+class Message(BaseModel):
+    """One turn of the conversation."""
+
+    model_config = ConfigDict(frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(GenerationRequest):
+    """A conversation to answer."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def _same(value: object, neutral: object) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 
 from adapters.errors import AdapterError
-from server.errors import AdapterRejectedError
+from server.errors import ADAPTER_STATUS, AdapterRejectedError
 from tests.server.api.conftest import Client, error, events
 
 JSON = {"content-type": "application/json"}
@@ -109,6 +109,13 @@ def test_an_adapters_failure_keeps_its_code(client, world):
         "adapter_load_failed",
         "server_error",
     )
+
+
+@pytest.mark.parametrize(("code", "status"), ADAPTER_STATUS.items())
+def test_an_adapters_error_says_by_itself_whose_mistake_it_is(code, status):
+    rejected = AdapterRejectedError(AdapterError(code, "no"))
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    assert (rejected.code, rejected.http_status, rejected.type) == (code, status, kind)
 
 
 def test_an_aborted_sequence_is_an_error(client, world):

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.text.stop import StopChecker
+from server.text.tokenizer import StopChecker
 
 LETTERS = "ab"
 STOPS = st.lists(st.text(LETTERS, min_size=1, max_size=4), max_size=4)

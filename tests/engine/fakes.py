@@ -1,0 +1,220 @@
+"""An engine without a model: logits that are a hash of the text, read back through the KV blocks and adapter pages.
+
+The fake runner keeps what a real one would: one entry per cache position. A sequence whose blocks were shared, lost or
+misplaced, or whose adapter's pages were overwritten, gets other tokens than `solo` says.
+"""
+
+import hashlib
+import threading
+
+import numpy as np
+import torch
+
+from adapters.adapter import Adapter, Delta, Layout, Member, Site
+from adapters.errors import AdapterError
+from adapters.loader import Loader
+from adapters.pool import Pool
+from server.engine.blocks import Blocks
+from server.engine.engine import Engine
+from server.engine.messages import Finished, Sampling, Submit, Token
+from server.engine.residency import Residency
+from server.engine.sampler import sample
+from server.engine.scheduler import Limits, Scheduler
+from server.engine.sequence import Sequence
+
+VOCAB = 24
+BLOCK = 4
+GROUP = "attn"
+LAYOUT = Layout(
+    (Site(GROUP, 4, (Member("layers.0.attn.q", 4),)), Site("mlp", 4, (Member("layers.0.mlp.up", 4),)))
+)
+
+
+def make_adapter(generation: str, rank: int = 8, mark: float | None = None) -> Adapter:
+    """Every value of it is its mark, so that what lies in its pages tells whose they are."""
+    if mark is None:
+        mark = float(int(hashlib.sha256(generation.encode()).hexdigest()[:4], 16))
+    factors = torch.full((rank, 4), mark)
+    return Adapter(generation, (Delta(0, 0, factors, factors.clone(), mark),))
+
+
+def logits_of(text: list[tuple[int, float]]) -> torch.Tensor:  # [VOCAB]
+    """Next-token logits from (token, mark of the adapter it was computed with) pairs."""
+    digest = hashlib.sha256(repr(text).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randn(VOCAB, generator=generator) * 2
+
+
+def solo(submit: Submit, mark: float = 0.0) -> list[int]:
+    """The tokens that a sequence has to get, whatever runs beside it."""
+    sequence = Sequence.of(submit)
+    while True:
+        logits = logits_of([(token, mark) for token in sequence.tokens])
+        sequence.tokens.extend(sample(logits[None], [sequence]))
+        if sequence.finish_reason():
+            return sequence.tokens[sequence.prompt_length :]
+
+
+class FakeRunner:
+    """Stands for the model and its cache. `poison` tokens make a step raise; `gate` holds steps back."""
+
+    def __init__(self, pool: Pool, blocks: int) -> None:
+        self.pool = pool
+        self.cache: list[tuple[int, float] | None] = [None] * (blocks * BLOCK)
+        self.poison: dict[int, BaseException] = {}
+        self.broken: set[int] = set()  # tokens after which the logits are not numbers
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.steps = []  # the rows of every step that did not raise
+
+    def forward(self, inputs):
+        self.entered.set()
+        assert self.gate.wait(30), "a test held the runner back for too long"
+        marks = self._marks(inputs)
+        for token, at, place, mark in zip(
+            inputs.token_ids.tolist(), inputs.positions.tolist(), inputs.kv_index.tolist(), marks, strict=True
+        ):
+            assert place >= BLOCK, "the padding block belongs to nobody"
+            assert place % BLOCK == at % BLOCK
+            self.cache[place] = (token, mark)
+        for token in inputs.token_ids.tolist():
+            if token in self.poison:
+                raise self.poison[token]
+        self.steps.append(inputs)
+        wanted = [self._logits(row, inputs.spans) for row in inputs.logits_rows.tolist()]
+        return torch.stack(wanted) if wanted else torch.empty(0, VOCAB)
+
+    def _marks(self, inputs):
+        """The adapter of each row, as its pages say; 0 for the base."""
+        marks = [0.0] * len(inputs.token_ids)
+        pages = self.pool.sites[0]
+        for segment in inputs.segments.get(GROUP, ()):
+            found = {float(pages.scale[page, 0]) for page in segment.pages}
+            found |= {float(pages.a[page, 0, 0, 0]) for page in segment.pages}
+            assert len(found) == 1, "pages of different adapters in one segment"
+            marks[segment.start : segment.end] = [found.pop()] * (segment.end - segment.start)
+        return marks
+
+    def _logits(self, row, spans):
+        span = next(span for span in spans if span.start <= row < span.end)
+        assert row == span.end - 1, "logits are asked for where a sequence ends"
+        text = [self.cache[span.blocks[at // BLOCK] * BLOCK + at % BLOCK] for at in range(span.kv_length)]
+        logits = logits_of(text)
+        return torch.full_like(logits, torch.nan) if self.broken & {token for token, _ in text} else logits
+
+
+class FakeLoader:
+    """Reads end when the test says so."""
+
+    def __init__(self, adapters: dict[str, Adapter]) -> None:
+        self.adapters = adapters
+        self.here: set[str] = set()
+        self.reading: list[str] = []
+        self.failed: set[str] = set()
+        self.loads = 0
+
+    def get(self, generation):
+        if generation in self.failed:
+            self.failed.remove(generation)
+            raise AdapterError("adapter_load_failed", f"{generation} could not be read")
+        if generation in self.here:
+            return self.adapters[generation]
+        if generation not in self.reading:
+            self.reading.append(generation)
+        return None
+
+    def end_read(self, *, well=True):
+        generation = self.reading.pop(0)
+        (self.here if well else self.failed).add(generation)
+        self.loads += well
+
+    def check(self):
+        assert not self.here & set(self.reading)
+
+
+class Parts:
+    """Every owner of an engine around a fake runner."""
+
+    def __init__(self, adapters, *, blocks=32, pages=4, sequences=4, tokens=16, chunk=8, loader=None):
+        self.adapters = {adapter.generation: adapter for adapter in adapters}
+        self.pool = Pool(LAYOUT, dict.fromkeys(LAYOUT.groups, pages), torch.float32, "cpu")
+        self.loader = loader or FakeLoader(self.adapters)
+        self.residency = Residency(self.loader, self.pool)
+        self.blocks = Blocks(blocks)
+        self.scheduler = Scheduler(Limits(sequences, tokens, chunk, BLOCK), self.blocks, self.residency)
+        self.runner = FakeRunner(self.pool, blocks)
+
+    def mark(self, generation):
+        return self.adapters[generation].deltas[0].scale if generation else 0.0
+
+    def solo(self, submit):
+        return solo(submit, self.mark(submit.generation))
+
+
+class Bench(Parts):
+    """A running engine over the parts, with a real loader whose reads can fail."""
+
+    def __init__(self, adapters=(), *, max_queued=16, **sizes):
+        self.unreadable: set[str] = set()
+        loader = Loader(self._read, 1 << 20, lambda: self.engine.wake())
+        super().__init__(adapters, loader=loader, **sizes)
+        self.engine = Engine(self.runner, self.scheduler, self.residency, max_queued=max_queued)
+
+    def __enter__(self):
+        self.engine.start()
+        return self
+
+    def __exit__(self, *_):
+        self.runner.gate.set()
+        self.engine.stop(30)
+        self.loader.close()
+        assert not self.engine.healthy
+
+    def _read(self, generation):
+        if generation in self.unreadable:
+            raise AdapterError("adapter_load_failed", f"{generation} could not be read")
+        return self.adapters[generation]
+
+    def assert_nothing_is_held(self):
+        """Meant for after `stop`: the engine's thread is gone."""
+        self.engine.check()
+        assert self.blocks.used == 0
+        assert not self.scheduler.running
+        assert not self.scheduler.waiting
+        for generation in self.pool.residents:
+            self.pool.forget(generation)
+        assert self.pool.used == 0, "a page is still pinned"
+        assert self.engine.stats().waiting == 0
+
+
+def submit(request_id, prompt=(5, 6, 7), *, generation=None, max_tokens=6, **sampling) -> Submit:
+    """Greedy unless told otherwise."""
+    return Submit(
+        request_id, tuple(prompt), Sampling(max_tokens, **({"temperature": 0.0} | sampling)), generation
+    )
+
+
+def sequence(prompt=(5, 6, 7), *, output=(), generation=None, name="s", **sampling) -> Sequence:
+    made = Sequence.of(submit(name, prompt, generation=generation, **sampling))
+    made.tokens.extend(output)
+    return made
+
+
+async def read(engine, asked):
+    """All tokens of a stream and its last event."""
+    tokens, last = [], None
+    async for event in engine.stream(asked):
+        assert last is None, "something came after the end"
+        assert event.request_id == asked.request_id
+        if isinstance(event, Token):
+            tokens.append(event.token_id)
+        else:
+            last = event
+    assert isinstance(last, Finished)
+    return tokens, last
+
+
+def step_inputs_rows(inputs) -> np.ndarray:
+    """(token, position, place) of every row."""
+    return np.stack([inputs.token_ids, inputs.positions, inputs.kv_index], axis=1)

@@ -1,0 +1,298 @@
+"""Who runs next: budgets, chunks, preemption, ageing, and that every sequence ends, whatever is thrown at it."""
+
+from unittest.mock import patch
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from server.engine import batch as batches
+from server.engine import scheduler as module
+from server.engine.sampler import sample
+from server.engine.scheduler import MAX_PASSED
+from tests.engine.fakes import BLOCK, Parts, make_adapter, sequence, submit
+
+ADAPTERS = [make_adapter("a"), make_adapter("b"), make_adapter("wide", 40), make_adapter("c", 17)]
+LONGEST = 40  # tokens of prompt and output together
+FEW_PASSED = 3
+
+
+def scheduled(parts):
+    """(name, tokens) of the next step, in order of the schedule; the tokens count as computed."""
+    batch = parts.scheduler.schedule()
+    parts.scheduler.check()
+    parts.pool.check()
+    for item in batch:
+        item.sequence.computed += item.count
+        if item.sequence.missing == 0:
+            item.sequence.tokens.append(1)
+    return [(item.sequence.request_id, item.count) for item in batch]
+
+
+def add(parts, *asked):
+    for one in asked:
+        parts.scheduler.add(one)
+
+
+def test_prompts_are_cut_at_multiples_of_the_chunk():
+    parts = Parts([], tokens=20, chunk=8, sequences=8)
+    add(parts, sequence(range(30), name="long"), sequence(range(9), name="short"))
+    assert scheduled(parts) == [("long", 16)]  # the 4 tokens left hold no whole chunk
+    assert scheduled(parts) == [("long", 14)]
+    assert scheduled(parts) == [("long", 1), ("short", 9)]
+    assert scheduled(parts) == [("long", 1), ("short", 1)]
+
+
+def test_decodes_come_before_prompts():
+    parts = Parts([], tokens=16, chunk=8)
+    add(parts, sequence(range(16), name="first"))
+    assert scheduled(parts) == [("first", 16)]
+    add(parts, sequence(range(24), name="second"))
+    assert scheduled(parts) == [("first", 1), ("second", 8)]
+    assert scheduled(parts) == [("first", 1), ("second", 8)]
+    assert scheduled(parts) == [("first", 1), ("second", 8)]
+    assert scheduled(parts) == [("first", 1), ("second", 1)]
+
+
+def test_a_younger_decode_comes_before_an_older_prompt():
+    parts = Parts([], tokens=20, chunk=8)
+    add(parts, sequence(range(30), name="old"), sequence(name="young"))
+    assert scheduled(parts) == [("old", 16), ("young", 3)]
+    assert scheduled(parts) == [("young", 1), ("old", 14)]
+
+
+def test_who_gave_way_is_first_in_the_queue():
+    parts = Parts([], blocks=5, tokens=64, sequences=2)
+    add(parts, *(sequence(range(8), name=name) for name in ("old", "young", "later")))
+    assert scheduled(parts) == [("old", 8), ("young", 8)]
+    assert scheduled(parts) == [("old", 1)]
+    assert [one.request_id for one in parts.scheduler.waiting] == ["young", "later"]
+
+
+def test_no_more_sequences_than_allowed():
+    parts = Parts([], sequences=2, tokens=64)
+    add(parts, *(sequence(name=name) for name in "abc"))
+    assert scheduled(parts) == [("a", 3), ("b", 3)]
+    parts.scheduler.retire(parts.scheduler.find("a"))
+    assert scheduled(parts) == [("b", 1), ("c", 3)]
+
+
+def test_the_youngest_gives_way_and_starts_again():
+    parts = Parts([], blocks=5, tokens=64)
+    add(parts, sequence(range(7), name="old"), sequence(range(7), name="young"))
+    assert scheduled(parts) == [("old", 7), ("young", 7)]
+    assert scheduled(parts) == [("old", 1), ("young", 1)]  # both fill their second block
+    assert scheduled(parts) == [("old", 1)]
+    young = parts.scheduler.find("young")
+    assert (young.computed, young.blocks, young.tokens[-2:]) == (0, [], [1, 1])
+    parts.scheduler.retire(parts.scheduler.find("old"))
+    assert scheduled(parts) == [("young", 9)]
+
+
+def test_an_older_prompts_blocks_are_its_own():
+    """A decode that finds no block gives way itself rather than take those of an older prompt."""
+    parts = Parts([], blocks=8, tokens=12, chunk=4)
+    add(parts, sequence(range(4), name="decode"), sequence(range(24), name="prompt"))
+    assert scheduled(parts) == [("decode", 4), ("prompt", 8)]
+    assert parts.blocks.free == 0
+    assert scheduled(parts) == [("decode", 1)]  # takes the prompt's, which is younger
+    assert parts.scheduler.find("prompt").blocks == []
+
+
+def test_an_adapter_on_its_way_stops_nobody():
+    parts = Parts(ADAPTERS, tokens=64)
+    add(parts, sequence(generation="a", name="waits"), sequence(name="base"))
+    assert scheduled(parts) == [("base", 3)]
+    parts.loader.end_read()
+    assert scheduled(parts) == [("base", 1), ("waits", 3)]
+
+
+def test_an_adapter_that_cannot_be_read_is_rejected_alone():
+    parts = Parts(ADAPTERS, tokens=64)
+    add(parts, sequence(generation="a", name="bad"), sequence(name="base"))
+    scheduled(parts)
+    parts.loader.end_read(well=False)
+    assert scheduled(parts) == [("base", 1)]
+    ((rejected, error),) = parts.scheduler.rejected
+    assert (rejected.request_id, error.code) == ("bad", "adapter_load_failed")
+    assert parts.scheduler.find("bad") is None
+
+
+def test_who_finds_no_room_is_passed_a_bounded_number_of_times():
+    parts = Parts(ADAPTERS, pages=4, sequences=2, tokens=64)
+    parts.loader.here |= set(parts.adapters)
+    add(parts, sequence(generation="c", name="holder"))  # 2 of 4 pages, so that "wide" with 3 finds no room
+    scheduled(parts)
+    wide = sequence(generation="wide", name="wide")
+    add(parts, wide, *(sequence(name=f"young {i}") for i in range(MAX_PASSED + 5)))
+    for i in range(MAX_PASSED):
+        assert scheduled(parts) == [("holder", 1), (f"young {i}", 3)]
+        assert wide.passed == i + 1
+        parts.scheduler.retire(parts.scheduler.find(f"young {i}"))
+        holder = parts.scheduler.find("holder")
+        del holder.tokens[3:]
+        holder.computed = 2
+    assert scheduled(parts) == [("holder", 1)], "nobody passes it any more"
+    parts.scheduler.retire(parts.scheduler.find("holder"))
+    assert scheduled(parts)[0] == ("wide", 3)
+
+
+def test_too_few_blocks_for_the_oldest_age_it_too():
+    parts = Parts([], blocks=6, tokens=64)
+    add(parts, sequence(range(8), name="holder"))
+    scheduled(parts)
+    add(parts, sequence(range(16), name="long"), sequence(name="short"))
+    assert scheduled(parts) == [("holder", 1), ("short", 3)]
+    assert parts.scheduler.find("long").passed == 1
+
+
+def test_retiring_gives_everything_back():
+    parts = Parts(ADAPTERS, tokens=64)
+    parts.loader.here.add("a")
+    add(parts, sequence(generation="a", name="runs"))
+    scheduled(parts)
+    add(parts, sequence(name="waits"))
+    for name in ("runs", "waits"):
+        parts.scheduler.retire(parts.scheduler.find(name))
+    assert parts.blocks.used == 0
+    parts.pool.forget("a")
+    assert parts.pool.used == 0, "still pinned"
+    assert parts.scheduler.find("runs") is parts.scheduler.find("waits") is None
+
+
+@pytest.mark.parametrize("budget", [8, 9, 15, 16, 40])
+def test_the_budget_is_never_passed(budget):
+    parts = Parts([], tokens=budget, chunk=8, sequences=6, blocks=64)
+    add(parts, *(sequence(range(5 + 4 * i), name=str(i)) for i in range(6)))
+    for _ in range(60):
+        assert sum(count for _, count in scheduled(parts)) <= budget
+        for done in [one for one in parts.scheduler.running if one.output_length == 4]:
+            parts.scheduler.retire(done)
+    assert not parts.scheduler.waiting
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Random requests, aborts and reads, over the fake runner: tokens must be those of each sequence alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = patch.object(module, "MAX_PASSED", FEW_PASSED)
+        self.patch.start()
+        self.count = 0
+        self.open = {}  # request id -> its submit
+        self.passed = {}  # request id -> younger ones admitted while its adapter was at hand
+
+    @initialize(blocks=st.integers(11, 24), tokens=st.integers(8, 30), sequences=st.integers(1, 5))
+    def build(self, blocks, tokens, sequences):
+        self.parts = Parts(ADAPTERS, blocks=blocks, pages=3, tokens=tokens, chunk=8, sequences=sequences)
+
+    @rule(
+        prompt=st.integers(1, LONGEST - 8),
+        max_tokens=st.integers(1, 8),
+        generation=st.sampled_from([None, "a", "b", "c", "wide"]),
+        temperature=st.sampled_from([0.0, 1.0]),
+    )
+    def submit(self, prompt, max_tokens, generation, temperature):
+        name, self.count = str(self.count), self.count + 1
+        text = [(self.count * 7 + i) % 24 for i in range(prompt)]
+        asked = submit(
+            name, text, generation=generation, max_tokens=max_tokens, temperature=temperature, seed=self.count
+        )
+        self.open[name], self.passed[name] = asked, 0
+        self.parts.scheduler.add(module.Sequence.of(asked))
+
+    @precondition(lambda self: self.open)
+    @rule(which=st.integers(0))
+    def abort(self, which):
+        name = list(self.open)[which % len(self.open)]
+        del self.open[name]
+        self.parts.scheduler.retire(self.parts.scheduler.find(name))
+
+    @precondition(lambda self: self.parts.loader.reading)
+    @rule(well=st.sampled_from([True, True, True, False]))
+    def end_read(self, well):
+        self.parts.loader.end_read(well=well)
+
+    @rule(steps=st.integers(1, 4))
+    def run(self, steps):
+        for _ in range(steps):
+            self.step()
+
+    def step(self):
+        scheduler, limits = self.parts.scheduler, self.parts.scheduler.limits
+        running = {s.request_id for s in scheduler.running}
+        queue = list(scheduler.waiting)
+        batch = batches.in_row_order(scheduler.schedule())
+        self.books_agree()
+        assert len({item.sequence for item in batch}) == len(batch)
+        assert sum(item.count for item in batch) <= limits.tokens
+        assert bool(batch) == bool(scheduler.running), "something could run and did not"
+        for item in batch:
+            end = item.sequence.computed + item.count
+            assert item.count > 0
+            assert item.samples or end % limits.prefill_chunk == 0
+        for sequence_, error in scheduler.rejected:
+            assert error.code == "adapter_load_failed"
+            del self.open[sequence_.request_id]
+        scheduler.rejected.clear()
+        self._note_passed(queue, running)
+        if batch:
+            self._forward(batch)
+
+    def _note_passed(self, queue, running):
+        started = {s.request_id for s in self.parts.scheduler.running} - running
+        for place, older in enumerate(queue):
+            if older in self.parts.scheduler.waiting and self._at_hand(older.generation):
+                younger = {s.request_id for s in queue[place + 1 :]}
+                self.passed[older.request_id] += len(younger & started)
+                assert self.passed[older.request_id] <= FEW_PASSED
+
+    def _at_hand(self, generation):
+        return generation is None or generation in self.parts.loader.here
+
+    def _forward(self, batch):
+        logits = self.parts.runner.forward(batches.build(batch, self.parts.residency, BLOCK))
+        drawing = [item.sequence for item in batch if item.samples]
+        for item in batch:
+            item.sequence.computed += item.count
+        for one, token in zip(drawing, sample(logits, drawing), strict=True):
+            one.tokens.append(token)
+            if one.finish_reason():
+                asked = self.open.pop(one.request_id)
+                assert one.tokens[one.prompt_length :] == self.parts.solo(asked)
+                self.parts.scheduler.retire(one)
+
+    @invariant()
+    def books_agree(self):
+        if hasattr(self, "parts"):
+            self.parts.scheduler.check()
+            self.parts.pool.check()
+            self.parts.loader.check()
+            held = {s.request_id for s in (*self.parts.scheduler.running, *self.parts.scheduler.waiting)}
+            held |= {s.request_id for s, _ in self.parts.scheduler.rejected}
+            assert held == set(self.open)
+
+    def teardown(self):
+        try:
+            if hasattr(self, "parts"):
+                self.run_to_the_end()
+        finally:
+            self.patch.stop()
+
+    def run_to_the_end(self):
+        for _ in range(200 + 60 * len(self.open)):
+            if not self.open:
+                break
+            while self.parts.loader.reading:
+                self.parts.loader.end_read()
+            self.step()
+        assert not self.open, "sequences that never end"
+        assert self.parts.blocks.used == 0
+        for generation in self.parts.pool.residents:
+            self.parts.pool.forget(generation)
+        assert self.parts.pool.used == 0
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
+TestScheduler = SchedulerMachine.TestCase

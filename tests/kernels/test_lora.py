@@ -1,0 +1,149 @@
+"""Shrink and expand against the sum over tokens, pages and members, whatever the mix of adapters in a step."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.segments import Segment, segments_of
+from tests.kernels.naive import PAGE_RANK, add_deltas, relative_error
+
+# (in, widths of the members); BLAS promises no bits for widths that are no multiple of 8, and no model has such
+SHAPES = {"one": (16, (16,)), "odd": (33, (17, 5, 3)), "qkv": (64, (64, 32, 32))}
+# pool dtype, dtype of activations, and what rounding to the coarser of the two may cost
+DTYPES = {
+    "fp32": (torch.float32, torch.float32, 1e-5),
+    "bf16 pool": (torch.bfloat16, torch.float32, 2e-2),
+    "bf16 rows": (torch.float32, torch.bfloat16, 2e-2),
+    "bf16": (torch.bfloat16, torch.bfloat16, 2e-2),
+}
+PAGES_OF = {"contiguous": [(0,), (1, 2), (3, 4, 5, 6)], "scattered": [(5,), (6, 1), (3, 0, 4, 2)]}
+POPULARITY = {
+    "identical": [(0, 13)],
+    "distinct": [(0, 1), (1, 1), (2, 1), (None, 1)],
+    "uniform": [(0, 4), (None, 3), (1, 5), (2, 2)],
+    "zipf": [(2, 17), (1, 4), (None, 2), (0, 1)],
+}
+
+
+@dataclass
+class Step:
+    """One site of a pool whose other pages are NaN, and the rows that read it."""
+
+    x: Tensor
+    y: Tensor
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+    widths: tuple[int, ...]
+    segments: tuple[Segment, ...]
+
+    def ours(self) -> Tensor:
+        y = self.y.clone()
+        for segment in self.segments:
+            v = reference.shrink(self.x, self.a, self.scale, segment)
+            reference.expand(y, v, self.b, self.widths, segment)
+        return y
+
+    def naive(self) -> Tensor:
+        return add_deltas(self.y, self.x, self.a, self.b, self.scale, self.widths, self.segments)
+
+
+def make_step(shape, rows, pool=torch.float32, activations=torch.float32) -> Step:
+    """`rows` holds (token count, pages, weights), as `segments_of` takes them."""
+    inside, widths = SHAPES[shape]
+    read = {page for _, pages, _ in rows for page in pages}
+    pages = max(read, default=0) + 2
+    a = torch.full((pages, len(widths), PAGE_RANK, inside), torch.nan)
+    b = torch.full((pages, PAGE_RANK, sum(widths)), torch.nan)
+    scale = torch.full((pages, len(widths)), torch.nan)
+    for page in sorted(read):
+        a[page], b[page] = torch.randn_like(a[page]), torch.randn_like(b[page])
+        scale[page] = torch.rand(len(widths)) + 0.5
+    count = sum(count for count, _, _ in rows)
+    x, y = torch.randn(count, inside), torch.randn(count, sum(widths))
+    return Step(
+        x.to(activations), y.to(activations), a.to(pool), b.to(pool), scale, widths, segments_of(rows)
+    )
+
+
+def adapted_rows(popularity, placing, weight=1.0):
+    for adapter, count in POPULARITY[popularity]:
+        pages = () if adapter is None else PAGES_OF[placing][adapter]
+        yield count, pages, (weight,) * len(pages)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize("placing", PAGES_OF)
+def test_deltas_of_any_mix(dtype, shape, popularity, placing):
+    pool, activations, gate = DTYPES[dtype]
+    step = make_step(shape, list(adapted_rows(popularity, placing)), pool, activations)
+    assert relative_error(step.ours(), step.naive()) <= gate
+    assert relative_error(step.y, step.naive()) > 10 * gate, "the deltas are too small to be seen"
+
+
+@pytest.mark.parametrize("rank", [1, 3, 15, 16])
+def test_rows_past_the_rank_add_nothing(rank):
+    """The pool keeps zeros there: an adapter of a lower rank is its own rows and no more."""
+    step = make_step("odd", [(5, (0,), (1.0,))])
+    step.a[0, :, rank:], step.b[0, rank:] = 0, 0
+    cut = add_deltas(
+        step.y, step.x, step.a[:1, :, :rank], step.b[:1, :rank], step.scale, step.widths, step.segments
+    )
+    assert relative_error(step.ours(), cut) <= 1e-5
+
+
+def test_a_blend_is_the_weighted_sum_of_its_parts():
+    blend = make_step("qkv", [(6, (4, 1, 2), (0.25, 0.75, 0.75))])
+    assert relative_error(blend.ours(), blend.naive()) <= 1e-5
+    parts = []
+    for pages, weights in [((4,), (0.25,)), ((1, 2), (0.75, 0.75))]:
+        blend.segments = (Segment(0, 6, pages, weights),)
+        parts.append(blend.ours().double() - blend.y.double())
+    blend.segments = (Segment(0, 6, (4, 1, 2), (0.25, 0.75, 0.75)),)
+    assert relative_error(blend.ours(), blend.y.double() + sum(parts)) <= 1e-5
+
+
+@pytest.mark.parametrize("popularity", ["distinct", "uniform", "zipf"])
+def test_rows_of_the_base_are_untouched(popularity):
+    step = make_step("odd", list(adapted_rows(popularity, "scattered")))
+    base = torch.ones(len(step.x), dtype=torch.bool)
+    for segment in step.segments:
+        base[segment.start : segment.end] = False
+    assert base.any()
+    assert torch.equal(step.ours()[base], step.y[base])
+
+
+def test_a_member_of_scale_zero_is_left_alone():
+    step = make_step("qkv", [(5, (0, 1), (1.0, 1.0))])
+    step.scale[:2, 1] = 0
+    got = step.ours()
+    assert torch.equal(got[:, 64:96], step.y[:, 64:96])
+    assert not torch.equal(got[:, :64], step.y[:, :64])
+
+
+@pytest.mark.parametrize("shape", ["one", "qkv"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_rows_bits_are_its_own(shape, dtype):
+    """Alone, first of many or last of many: the same bits."""
+    pool, activations, _ = DTYPES[dtype]
+    step = make_step(shape, [(37, (2, 0), (1.0, 0.5))], pool, activations)
+    together = step.ours()
+    x, y = step.x, step.y
+    for rows in (slice(0, 1), slice(36, 37), slice(5, 22), slice(20, 37)):
+        step.x, step.y = x[rows], y[rows]
+        step.segments = (Segment(0, len(step.x), (2, 0), (1.0, 0.5)),)
+        assert torch.equal(step.ours(), together[rows])
+
+
+def test_where_pages_lie_does_not_show():
+    """The same factors side by side (read in place) and scattered (gathered): the same bits."""
+    step = make_step("qkv", [(9, (1, 2), (1.0, 1.0))])
+    order = [2, 3, 1, 0]
+    moved = Step(step.x, step.y, step.a[order], step.b[order], step.scale[order], step.widths, ())
+    moved.segments = (Segment(0, 9, (2, 0), (1.0, 1.0)),)
+    assert torch.equal(moved.ours(), step.ours())

@@ -1,0 +1,137 @@
+"""From a checkpoint to a model held as asked: quantized once, read back the same ever after, refused with a reason."""
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import nn
+from transformers import MixtralConfig
+
+from server.errors import UnsupportedModelError
+from server.model import load
+from server.model.base_linear import DenseLinear, FourBitLinear, Int8Linear, ModuleLinear
+from server.model.load import ModelSource, load_model
+from server.model.servable import make_servable
+from tests.model.tiny import SIZES, make_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    make_model().save_pretrained(folder)
+    return folder
+
+
+def source(folder, quantization, cache=None, dtype=torch.float32):
+    return ModelSource(str(folder), CPU, dtype, quantization, cache)
+
+
+def q_proj(model):
+    return model.model.layers[0].self_attn.q_proj
+
+
+def copies(cache):
+    return sorted(path.name for path in cache.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kind"), [("nf4", Linear4bit), ("int8", Linear8bitLt), ("none", nn.Linear)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_held_as_asked(folder, tmp_path, quantization, kind, dtype):
+    model = load_model(source(folder, quantization, tmp_path / "cache", dtype))
+    assert type(q_proj(model)) is kind
+    assert type(model.lm_head) is nn.Linear
+    assert model.model.norm.weight.dtype is dtype
+    assert (tmp_path / "cache").exists() == (quantization != "none")
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_the_copy_gives_the_same_weights_and_is_read_instead(folder, tmp_path, quantization, monkeypatch):
+    direct = load_model(source(folder, quantization))
+    first = load_model(source(folder, quantization, tmp_path))
+    assert len(copies(tmp_path)) == 1
+    reads = []
+    original = load._read
+    monkeypatch.setattr(load, "_read", lambda f, s, q: reads.append((f, q)) or original(f, s, q))
+    second = load_model(source(folder, quantization, tmp_path))
+    assert reads == [(tmp_path / copies(tmp_path)[0], None)]
+    want = direct.state_dict()
+    for model in (first, second):
+        got = model.state_dict()
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_a_copy_made_in_another_dtype_is_not_taken(folder, tmp_path):
+    """A copy holds what is not quantized in the dtype it was made with: rounded once, rounded for good."""
+    load_model(source(folder, "nf4", tmp_path, torch.bfloat16))
+    exact = load_model(source(folder, "none"))
+    model = load_model(source(folder, "nf4", tmp_path))
+    assert torch.equal(model.lm_head.weight, exact.lm_head.weight)
+    assert torch.equal(model.get_input_embeddings().weight, exact.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_checkpoint_that_is_quantized_already_is_read_as_it_is(folder, tmp_path, quantization):
+    before = load_model(source(folder, quantization))
+    before.save_pretrained(tmp_path / "quantized")
+    model = load_model(source(tmp_path / "quantized", "nf4", tmp_path / "cache"))
+    assert type(q_proj(model)) is type(q_proj(before))
+    assert torch.equal(q_proj(model).weight.data, q_proj(before).weight.data)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_quantized_checkpoint_is_served_in_the_dtype_asked_for(folder, tmp_path):
+    load_model(source(folder, "nf4", dtype=torch.bfloat16)).save_pretrained(tmp_path / "quantized")
+    model = load_model(source(tmp_path / "quantized", "nf4"))
+    assert model.dtype is torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.uint8}
+    assert make_servable(model).dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("quantization", "backend", "kind"),
+    [
+        ("nf4", "exact", FourBitLinear),
+        ("int8", "exact", Int8Linear),
+        ("none", "exact", DenseLinear),
+        ("none", "bitsandbytes", DenseLinear),
+        ("nf4", "bitsandbytes", ModuleLinear),
+        ("int8", "bitsandbytes", ModuleLinear),
+    ],
+)
+def test_who_multiplies(folder, quantization, backend, kind):
+    servable = make_servable(load_model(source(folder, quantization)), backend=backend)
+    assert {type(group.base) for group in servable.groups} == {kind}
+    assert servable.vocab_size == SIZES["vocab_size"]
+
+
+def test_an_unknown_name_is_refused(tmp_path):
+    with pytest.raises(
+        UnsupportedModelError, match="nobody/nothing cannot be served: it is not a folder here"
+    ):
+        load_model(source("nobody/nothing", "none"))
+
+
+def test_a_folder_without_a_configuration_is_refused(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="configuration cannot be read"):
+        load_model(source(tmp_path, "none"))
+
+
+def test_a_folder_without_weights_is_refused(folder, tmp_path):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(UnsupportedModelError, match="cannot be served"):
+        load_model(source(tmp_path, "none"))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_experts_are_refused_quantized(tmp_path, kept):
+    make_model(MixtralConfig(num_local_experts=4, **SIZES)).save_pretrained(tmp_path / "moe")
+    cache = tmp_path / "cache" if kept else None
+    with pytest.raises(UnsupportedModelError, match=r"MixtralForCausalLM .* --quantization none"):
+        load_model(source(tmp_path / "moe", "nf4", cache))
+    assert not kept or copies(cache) == []
+    assert load_model(source(tmp_path / "moe", "none")).config.num_local_experts == 4

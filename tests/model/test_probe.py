@@ -1,0 +1,139 @@
+"""What the probe learns of an architecture, and how it words its refusals."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from server.errors import UnsupportedModelError
+from server.model.attention import register
+from server.model.probe import probe
+from server.model.servable import make_servable
+from tests.model.tiny import SIZES, make_model
+
+QKV, OUT, GATE_UP, DOWN = (
+    "self_attn.q_proj+k_proj+v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj+up_proj",
+    "mlp.down_proj",
+)
+BY_N_EMBD = {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+NEOX = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+
+
+@pytest.mark.parametrize(
+    ("config", "groups"),
+    [
+        (transformers.LlamaConfig(**SIZES), [QKV, OUT, GATE_UP, DOWN]),
+        (transformers.Phi3Config(**SIZES), ["self_attn.qkv_proj", OUT, "mlp.gate_up_proj", DOWN]),
+        (transformers.MixtralConfig(num_local_experts=4, **SIZES), [QKV, OUT]),
+        (
+            transformers.GPTNeoXConfig(**NEOX),
+            ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
+        ),
+    ],
+    ids=["llama", "phi3", "mixtral", "gpt neox"],
+)
+def test_groups(config, groups):
+    """Siblings that read one input are one group, fused or not; gpt neox runs attention and MLP side by side."""
+    servable = make_servable(make_model(config))
+    assert list(servable.layout.groups) == groups
+    assert len(servable.layout.sites) == 2 * len(groups)
+
+
+def test_sites_are_the_models_linears_but_for_the_head():
+    model = make_model()
+    linears = {name: m.out_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    del linears["lm_head"]
+    layout = make_servable(model).layout
+    assert {m.module: m.out_features for site in layout.sites for m in site.members} == linears
+    assert [site.in_features for site in layout.sites[:4]] == [64, 64, 64, 96]
+
+
+def test_what_attention_needs():
+    config = transformers.Gemma2Config(head_dim=32, sliding_window=8, **SIZES)
+    layers = make_servable(make_model(config)).attention
+    assert [layer.window for layer in layers] == [8, None]
+    assert {(layer.kv_heads, layer.k_width, layer.v_width) for layer in layers} == {(2, 32, 32)}
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "reason"),
+    [
+        (transformers.GPTJConfig(rotary_dim=8, **BY_N_EMBD), "GPTJForCausalLM", "saw 0 of 2 layers"),
+        (
+            transformers.FalconConfig(
+                vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4
+            ),
+            "FalconForCausalLM",
+            "saw 0 of 2 layers",
+        ),
+        (transformers.GPT2Config(**BY_N_EMBD), "GPT2LMHeadModel", "no nn.Linear"),
+        (
+            transformers.Llama4TextConfig(
+                head_dim=16, num_local_experts=2, intermediate_size_mlp=96, **SIZES
+            ),
+            "Llama4ForCausalLM",
+            "layers of type chunked_attention; only",
+        ),
+        (
+            transformers.BloomConfig(vocab_size=64, hidden_size=64, n_layer=2, n_head=4),
+            "BloomForCausalLM",
+            "max_position_embeddings",
+        ),
+    ],
+    ids=["gptj", "falcon", "gpt2", "llama4", "bloom"],
+)
+def test_a_refusal_names_the_architecture_and_the_reason(config, name, reason):
+    with pytest.raises(UnsupportedModelError) as refused:
+        make_servable(make_model(config))
+    assert name in str(refused.value)
+    assert reason in str(refused.value)
+
+
+class _Asks(nn.Module):
+    """An attention layer that asks for something the paged attention does not know."""
+
+    def __init__(self, inner, **asked):
+        super().__init__()
+        self.inner, self.asked = inner, asked
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs, **self.asked)
+
+
+def test_unknown_arguments_of_attention_are_refused():
+    model = make_model()
+    model.model.layers[1].self_attn = _Asks(model.model.layers[1].self_attn, position_bias=torch.ones(1))
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM .* \(position_bias\)"):
+        make_servable(model)
+
+
+def test_a_mask_of_its_own_is_refused():
+    model = make_model()
+    inner = model.model.layers[0].self_attn
+    given = inner.forward
+    inner.forward = lambda *args, **kwargs: given(*args, **(kwargs | {"attention_mask": torch.ones(1)}))
+    with pytest.raises(UnsupportedModelError, match="a mask of its own"):
+        make_servable(model)
+
+
+def test_a_forward_pass_that_fails_is_a_refusal():
+    model = make_model()
+    model.model.norm = None
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM cannot be served: a forward pass"):
+        make_servable(model)
+
+
+def test_the_probe_puts_every_linear_back():
+    model = make_model()
+    before = dict(model.named_modules())
+    register()
+    model.set_attn_implementation("loraplex_paged")
+    probe(model)
+    assert dict(model.named_modules()) == before
+    model.model.norm = None
+    with pytest.raises(UnsupportedModelError):
+        probe(model)
+    del before["model.norm"]
+    assert {name: m for name, m in model.named_modules() if name in before} == before

@@ -1,0 +1,49 @@
+"""The documents agree with the code: tables are fresh, every route and every error is spoken of."""
+
+import re
+
+import pytest
+
+from server.api.app import create_app
+from server.api.envelope import CODES
+from server.api.schemas.generation import ChatRequest, CompletionRequest
+from server.config import Settings
+from server.errors import ADAPTER_STATUS, LoraplexError
+from server.serving import Serving
+from tests.generate_docs import DOCS, GENERATED, renewed
+
+HTTP_API = (DOCS / "http-api.md").read_text(encoding="utf-8")
+
+
+def kinds(root: type[LoraplexError]) -> list[type[LoraplexError]]:
+    return [root, *(kind for child in root.__subclasses__() for kind in kinds(child))]
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_tables_are_fresh(name):
+    text = (DOCS / name).read_text(encoding="utf-8")
+    assert text == renewed(text, GENERATED[name]()), "stale: run `python -m tests.generate_docs`"
+
+
+def test_every_error_is_in_the_table_and_no_other():
+    errors = {(kind.http_status, kind.code, kind.type) for kind in kinds(LoraplexError)}
+    for code, status in ADAPTER_STATUS.items():
+        errors.add((status, code, "server_error" if status >= 500 else "invalid_request_error"))
+    errors |= {(status, code, "invalid_request_error") for status, code in CODES.items()}
+    rows = re.findall(r"^\| (\d{3}) \| `(\w+)` \| `(\w+)` \|", HTTP_API, re.MULTILINE)
+    assert {(int(status), code, kind) for status, code, kind in rows} == errors
+    assert len(rows) == len(errors)
+
+
+def test_every_route_is_in_the_table_and_no_other():
+    app = create_app(Settings(model="m"), Serving())
+    routes = {f"{method.upper()} {path}" for path, of in app.openapi()["paths"].items() for method in of}
+    routes |= {f"GET {path}" for path in (app.openapi_url, app.docs_url, app.redoc_url)}
+    table = HTTP_API.partition("\n\n")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`((?:GET|PUT|POST|DELETE) /[^`]*)`", table)) == routes
+
+
+@pytest.mark.parametrize("shape", [CompletionRequest, ChatRequest])
+def test_every_field_of_a_body_is_spoken_of(shape):
+    for name in shape.model_fields:
+        assert f"`{name}`" in HTTP_API

@@ -1,0 +1,301 @@
+"""From settings to a served model: memory, defaults, and a server that says what transformers and peft say."""
+
+import asyncio
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from adapters.pages import page_nbytes
+from server import startup
+from server.config import GIB, Settings, SettingsError
+from server.engine.messages import Finished, Sampling, Submit, Token
+from server.errors import UnsupportedModelError
+from server.memory_plan import plan_memory
+from server.model.kv_cache import position_nbytes
+from server.model.servable import make_servable
+from server.serving import GenerationDefaults, Serving
+from tests.model.tiny import make_model
+from tests.server.text import samples
+
+PROMPTS = ["the patient has a fever", "the court", "naïve café"]
+NEW = 12
+LORA = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+
+
+@pytest.fixture(scope="module")
+def servable():
+    torch.manual_seed(0)
+    return make_servable(make_model())
+
+
+def settings(**given):
+    return Settings(model="/models/tiny", **given)
+
+
+class TestPlan:
+    def test_the_default_is_what_the_sequences_can_use(self, servable):
+        plan = plan_memory(settings(), servable)
+        assert plan.kv_blocks == 64 * (64 // 16) + 1
+        assert plan.block_nbytes == 16 * position_nbytes(servable.attention, torch.float32)
+        assert plan.max_model_len == 64
+        assert plan.adapter_dtype is torch.float32
+        assert set(plan.pages.values()) == {GIB // sum(page_nbytes(servable.layout, torch.float32).values())}
+
+    def test_a_budget_bounds_the_blocks_and_the_longest_text(self, servable):
+        block = plan_memory(settings(), servable).block_nbytes
+        plan = plan_memory(settings(kv_cache_memory_bytes=3 * block + 5), servable)
+        assert (plan.kv_blocks, plan.max_model_len) == (4, 48)
+
+    def test_the_plan_keeps_its_budgets(self, servable):
+        plan = plan_memory(settings(kv_cache_memory_bytes=40_000, adapter_memory_bytes=300_000), servable)
+        assert (plan.kv_blocks - 1) * plan.block_nbytes <= 40_000
+        assert sum(plan.page_nbytes[group] * count for group, count in plan.pages.items()) <= 300_000
+
+    def test_bfloat16_adapters_get_about_twice_the_pages(self, servable):
+        counts = [
+            max(
+                plan_memory(
+                    settings(adapter_memory_bytes=10**6, adapter_dtype=dtype), servable
+                ).pages.values()
+            )
+            for dtype in ("float32", "bfloat16")
+        ]
+        assert 1.8 * counts[0] <= counts[1] <= 2.2 * counts[0]
+
+    def test_max_loras_is_a_number_of_pages(self, servable):
+        plan = plan_memory(settings(max_loras=5), servable)
+        assert plan.pages == dict.fromkeys(servable.layout.groups, 5)
+
+    def test_too_little_for_one_block(self, servable):
+        with pytest.raises(
+            SettingsError, match=r"--kv-cache-memory-bytes: .* hold 0 tokens.*give .* or more"
+        ):
+            plan_memory(settings(kv_cache_memory_bytes=100), servable)
+
+    def test_too_little_for_the_text_that_was_asked_for(self, servable):
+        block = plan_memory(settings(), servable).block_nbytes
+        short = settings(kv_cache_memory_bytes=2 * block, max_model_len=50)
+        with pytest.raises(SettingsError, match=r"one sequence of 50; .*or lower --max-model-len"):
+            plan_memory(short, servable)
+        assert plan_memory(
+            settings(kv_cache_memory_bytes=4 * block, max_model_len=50), servable
+        ).max_model_len
+
+    def test_too_little_for_one_adapter(self, servable):
+        need = sum(page_nbytes(servable.layout, torch.float32).values())
+        with pytest.raises(SettingsError, match=f"--adapter-memory-bytes: .* at least {need} bytes"):
+            plan_memory(settings(adapter_memory_bytes=need - 1), servable)
+        assert set(plan_memory(settings(adapter_memory_bytes=need), servable).pages.values()) == {1}
+
+    @pytest.mark.xfail(strict=True, reason="the cache is blamed for what the model cannot do")
+    def test_a_text_longer_than_the_models_is_refused_by_its_own_name(self, servable):
+        with pytest.raises(SettingsError, match="--max-model-len"):
+            plan_memory(settings(max_model_len=65, kv_cache_memory_bytes=GIB), servable)
+        with pytest.raises(SettingsError) as refused:
+            plan_memory(settings(max_model_len=65, kv_cache_memory_bytes=GIB), servable)
+        assert "--kv-cache-memory-bytes" not in str(refused.value)
+
+    @pytest.mark.xfail(
+        strict=True, raises=pytest.fail.Exception, reason="an assertion of the cache is met instead"
+    )
+    def test_a_block_size_that_does_not_divide_the_tile_is_a_wrong_setting(self, servable):
+        with pytest.raises(SettingsError, match="--block-size"):
+            plan_memory(settings(block_size=24), servable)
+
+    def test_the_lines_are_for_people(self, servable):
+        cache, adapters = plan_memory(settings(max_loras=5), servable).lines()
+        assert "256 blocks" in cache
+        assert "up to 64 tokens" in cache
+        assert "5 pages of rank 16 in float32" in adapters
+
+
+@pytest.fixture
+def generation(servable):
+    """Lets a test set the model's generation config, and puts the old one back."""
+    model = servable.model
+    before = model.generation_config, model.config.eos_token_id
+
+    def give(**values):
+        model.generation_config = GenerationConfig(**values)
+        return servable
+
+    yield give
+    model.generation_config, model.config.eos_token_id = before
+
+
+class TestGenerationConfig:
+    @pytest.mark.parametrize(("given", "want"), [(7, {7}), ([7, 9], {7, 9})])
+    def test_end_tokens(self, generation, given, want):
+        assert startup.end_tokens(generation(eos_token_id=given)) == want
+
+    def test_end_tokens_of_the_models_own_configuration(self, generation):
+        assert startup.end_tokens(generation()) == {2}
+
+    def test_no_end_tokens_at_all(self, generation):
+        servable = generation()
+        servable.model.config.eos_token_id = None
+        assert startup.end_tokens(servable) == frozenset()
+
+    def test_defaults_of_the_authors(self, generation):
+        servable = generation(do_sample=True, temperature=0.6, top_p=0.9, top_k=20)
+        assert startup.generation_defaults(servable) == GenerationDefaults(0.6, 0.9, 20)
+
+    def test_defaults_of_the_api_where_the_authors_say_nothing(self, generation):
+        """transformers' own default of top_k = 50 is not the authors' word."""
+        assert startup.generation_defaults(generation()) == GenerationDefaults(1.0, 1.0, 0)
+
+
+class TestModelSource:
+    def test_automatic_on_the_cpu_is_float32(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        source = startup.model_source(settings())
+        assert (source.device.type, source.dtype, source.quantization) == ("cpu", torch.float32, "nf4")
+
+    def test_automatic_on_cuda_is_bfloat16(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        source = startup.model_source(settings())
+        assert (source.device.type, source.dtype) == ("cuda", torch.bfloat16)
+
+    def test_what_was_asked_for(self):
+        source = startup.model_source(settings(device="cpu", dtype="bfloat16", quantization="int8"))
+        assert (source.device.type, source.dtype, source.quantization) == ("cpu", torch.bfloat16, "int8")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random llama with a tokenizer of its own, a peft adapter for it, and what both say greedily."""
+    torch.manual_seed(1)
+    root = tmp_path_factory.mktemp("startup")
+    tokenizer = samples.byte_level()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        bos_token_id=0, eos_token_id=1, pad_token_id=None, initializer_range=0.2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    adapted = get_peft_model(
+        copy.deepcopy(model), LoraConfig(target_modules=["q_proj", "down_proj"], **LORA)
+    ).eval()
+    adapted.save_pretrained(root / "legal")
+    want = {None: greedy(model, tokenizer), "legal": greedy(adapted, tokenizer)}
+    assert want[None] != want["legal"]
+    return root, want
+
+
+def greedy(model, tokenizer):
+    found = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        found.append(out[0, ids.shape[1] :].tolist())
+    return found
+
+
+@pytest.fixture
+def load(checkpoint, tmp_path):
+    """Loads servers, and ends them with the test."""
+    root, _ = checkpoint
+    started = []
+
+    def load(**given):
+        serving = Serving()
+        given = {"quantization": "none", "device": "cpu", "lora_modules": {"legal": root / "legal"}} | given
+        asked = Settings(
+            model=str(root / "base"), adapter_store=tmp_path / "store", quantized_cache=tmp_path / "quantized",
+            adapter_memory_bytes="4MiB", kv_cache_memory_bytes="4MiB", **given,
+        )  # fmt: skip
+        startup.load(asked, serving)
+        started.append(serving.served)
+        return serving
+
+    yield load
+    for served in started:
+        served.engine.stop(30)
+        served.loader.close()
+        served.registry.store.close()
+
+
+async def generate(served, prompt, adapter):
+    reference = served.registry.resolve(adapter) if adapter else None
+    submit = Submit(
+        f"{prompt} {adapter}",
+        served.tokenizer.encode(prompt),
+        Sampling(NEW, temperature=0, stop_token_ids=served.eos_token_ids),
+        reference.generation if reference else None,
+    )
+    events = [event async for event in served.engine.stream(submit)]
+    if reference:
+        reference.release()
+    assert isinstance(events.pop(), Finished)
+    assert all(isinstance(event, Token) for event in events)
+    return [event.token_id for event in events]
+
+
+def generate_all(served):
+    """Every prompt with the base and the adapter, all at once."""
+
+    async def together():
+        return await asyncio.gather(*[generate(served, p, a) for a in (None, "legal") for p in PROMPTS])
+
+    texts = asyncio.run(asyncio.wait_for(together(), 60))
+    return {None: texts[: len(PROMPTS)], "legal": texts[len(PROMPTS) :]}
+
+
+def test_a_loaded_server_says_what_transformers_and_peft_say(load, checkpoint):
+    serving = load()
+    assert (serving.phase, serving.progress) == ("ready", 1.0)
+    served = serving.ready()
+    assert generate_all(served) == checkpoint[1]
+    assert (served.name, served.max_model_len, served.eos_token_ids) == ("base", 128, {1})
+    assert served.vocab_size == served.tokenizer.vocab_size
+    assert served.defaults == GenerationDefaults()
+    assert [entry.name for entry in served.registry.entries()] == ["legal"]
+    assert "base and 1 adapter" in serving.plan[-1]
+    served.engine.stop(30)
+    served.engine.check()
+    assert served.engine.stats().kv_blocks_used == 0
+
+
+def test_the_quantized_default_is_the_same_from_its_copy(load, tmp_path):
+    """nf4 of the whole base: made once, read back the second time."""
+    first = load(quantization="nf4").ready()
+    texts = generate_all(first)
+    (copied,) = (tmp_path / "quantized").iterdir()
+    stamp = (copied / "config.json").stat().st_mtime_ns
+    first.engine.stop(30)
+    first.registry.store.close()
+    assert generate_all(load(quantization="nf4").ready()) == texts
+    assert (copied / "config.json").stat().st_mtime_ns == stamp
+
+
+def test_what_nobody_refers_to_leaves_every_tier(load):
+    served = load().ready()
+    generate_all(served)
+    assert served.loader.nbytes > 0
+    served.registry.delete("legal")
+    asyncio.run(generate(served, PROMPTS[0], None))  # the engine has seen the word by now
+    assert served.loader.nbytes == 0
+    assert served.engine.stats().resident == ()
+
+
+def test_an_adapter_that_host_memory_cannot_hold_is_refused(load):
+    with pytest.raises(Exception, match="raise --adapter-host-memory-bytes"):
+        load(adapter_host_memory_bytes="1KB")
+
+
+def test_a_model_that_is_not_there_ends_the_load(tmp_path):
+    serving = Serving()
+    with pytest.raises(UnsupportedModelError):
+        startup.load(Settings(model=str(tmp_path / "nothing"), adapter_store=tmp_path), serving)
+    assert (serving.phase, serving.served) == ("loading", None)
