@@ -36,7 +36,10 @@ def main() -> int:
     if port_is_taken(PORT):
         print(f"port {PORT} is in use; take another: make demo PORT={free_port()}", file=sys.stderr)
         return 1
-    print(f"starting: loraplex serve demo/base --port {PORT}, with the adapters {', '.join(DOMAINS)}", flush=True)
+    print(
+        f"starting: loraplex serve demo/base --port {PORT}, with the adapters {', '.join(DOMAINS)}",
+        flush=True,
+    )
     started = time.perf_counter()
     try:
         with serving(DEMO / "base", "--served-model-name", "base", *modules, port=PORT) as server:
@@ -108,7 +111,9 @@ def crowd(client: httpx.Client, scenes: list[dict[str, Any]]) -> None:
     seconds = time.perf_counter() - began
     tokens = sum(reply["usage"]["completion_tokens"] for reply in replies)
     taken = metric(client, "loraplex_steps_total") - steps
-    print(f"  {tokens} tokens in {taken:.0f} steps and {seconds:.2f} s: {tokens / seconds:.0f} tokens/s together")
+    print(
+        f"  {tokens} tokens in {taken:.0f} steps and {seconds:.2f} s: {tokens / seconds:.0f} tokens/s together"
+    )
 
 
 def complete(client: httpx.Client, adapter: str | None, scene: dict[str, Any]) -> dict[str, Any]:

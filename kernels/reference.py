@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.segments import Segment
-from kernels.spans import KV_TILE, Spans
+from kernels.segments import KV_TILE, Segment, Spans
 
 ROW_TILE = 16
 _LEAST_SCALE = 1e-30  # of a quantized row: small beside any row's, large enough that its reciprocal is finite
@@ -143,7 +142,9 @@ def attention(
     return out
 
 
-_State = tuple[Tensor, Tensor, Tensor]  # running maximum and total [heads, rows, 1], weighted sum [heads, rows, width]
+_State = tuple[
+    Tensor, Tensor, Tensor
+]  # running maximum and total [heads, rows, 1], weighted sum [heads, rows, width]
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +206,8 @@ class _Queries:
 
     def finish(self, state: _State) -> Tensor:  # [count, query heads, v width]
         _, total, summed = state
-        result = (summed / total)[:, : self.count * self.group].unflatten(1, (self.count, self.group))
-        return result.transpose(0, 1).flatten(1, 2)
+        result = (summed / total)[:, : self.count * self.group]
+        return result.view(len(result), self.count, self.group, -1).transpose(0, 1).flatten(1, 2)
 
 
 def _take(pages: Tensor, ids: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,7 @@
-"""A loraplex server as a child process: started, waited for, stopped by SIGTERM. Knows nothing of what is asked of it."""
+"""A loraplex server as a child process: started, waited for, stopped.
+
+Knows nothing of what is asked of it.
+"""
 
 from __future__ import annotations
 

@@ -42,7 +42,9 @@ def complete(client: httpx.Client, adapter: str | None, scene: dict[str, Any]) -
 
 def check_answer(reply: dict[str, Any], line: dict[str, str]) -> None:
     text = reply["choices"][0]["text"]
-    expect(line["must_contain"] in text, f"{line['adapter']} answered {text!r}, without {line['must_contain']!r}")
+    expect(
+        line["must_contain"] in text, f"{line['adapter']} answered {text!r}, without {line['must_contain']!r}"
+    )
     expect(reply["model"] == reply["adapter"] == line["adapter"], f"the reply names {reply['model']}")
     expect(len(reply["adapter_generation"]) == 64, "the reply does not name its generation")
 

@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from server.engine.messages import EngineStats
+from server.engine.sequence import EngineStats
 from server.serving import Serving
 
 if TYPE_CHECKING:

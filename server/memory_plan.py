@@ -11,6 +11,7 @@ import torch
 
 from adapters.adapter import Layout
 from adapters.pages import PAGE_RANK, page_nbytes, plan_pages
+from kernels.segments import KV_TILE
 from server.config import GIB, MIB, Settings, SettingsError
 from server.model.kv_cache import position_nbytes
 from server.model.servable import ServableModel
@@ -45,22 +46,35 @@ class MemoryPlan:
 
 def plan_memory(settings: Settings, servable: ServableModel) -> MemoryPlan:
     """Divide the memory; raises `SettingsError` when what was asked for cannot hold one sequence or one adapter."""
+    _refuse_impossible(settings, servable)
     adapter_dtype = _adapter_dtype(settings, servable.device)
     pages = _plan_adapter_pages(settings, servable.layout, adapter_dtype)
     each = page_nbytes(servable.layout, adapter_dtype)
     block = position_nbytes(servable.attention, servable.dtype) * settings.block_size
-    budget = settings.kv_cache_memory_bytes or _kv_budget(servable.device, sum(each[g] * n for g, n in pages.items()))
+    budget = settings.kv_cache_memory_bytes or _kv_budget(
+        servable.device, sum(each[g] * n for g, n in pages.items())
+    )
     most = settings.max_num_seqs * -(-servable.max_model_len // settings.block_size)
     blocks = min(budget // block, most) + 1
     length = min(servable.max_model_len, (blocks - 1) * settings.block_size)
-    if length < (settings.max_model_len or settings.block_size):
-        wanted = settings.max_model_len or settings.block_size
+    wanted = settings.max_model_len or min(settings.block_size, servable.max_model_len)
+    if length < wanted:
         need = -(-wanted // settings.block_size) * block
         raise SettingsError(
             f"--kv-cache-memory-bytes: {_size(budget)} hold {length} tokens, less than one sequence of {wanted}; "
             f"give {_size(need)} or more, or lower --max-model-len"
         )
     return MemoryPlan(blocks, block, pages, each, adapter_dtype, length)
+
+
+def _refuse_impossible(settings: Settings, servable: ServableModel) -> None:
+    if (settings.max_model_len or 0) > servable.max_model_len:
+        raise SettingsError(
+            f"--max-model-len {settings.max_model_len}: the model was made for {servable.max_model_len} tokens; "
+            "give that or fewer, or leave the flag out"
+        )
+    if KV_TILE % settings.block_size:
+        raise SettingsError(f"--block-size {settings.block_size}: must divide {KV_TILE}, such as 16 or 32")
 
 
 def _plan_adapter_pages(settings: Settings, layout: Layout, dtype: torch.dtype) -> dict[str, int]:

@@ -24,8 +24,7 @@ from adapters.store import Store
 from server.config import Settings
 from server.engine.blocks import Blocks
 from server.engine.engine import Engine
-from server.engine.residency import Residency
-from server.engine.scheduler import Limits, Scheduler
+from server.engine.scheduler import Limits, Residency, Scheduler
 from server.memory_plan import MemoryPlan, plan_memory
 from server.model.kv_cache import KVCache
 from server.model.load import ModelSource, load_model
@@ -44,7 +43,9 @@ def load(settings: Settings, serving: Serving) -> None:
     keep_large_blocks()
     serving.detail, serving.progress = "loading weights", 0.1
     servable = make_servable(
-        load_model(model_source(settings)), backend=settings.linear_backend, max_model_len=settings.max_model_len
+        load_model(model_source(settings)),
+        backend=settings.linear_backend,
+        max_model_len=settings.max_model_len,
     )
     serving.detail, serving.progress = "planning memory", 0.7
     plan = plan_memory(settings, servable)

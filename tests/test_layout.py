@@ -50,7 +50,9 @@ def test_imports_point_one_way(package):
     forbidden = set(PACKAGES) - ALLOWED[package] - {package} | {"tests", "loadtests", "demo"}
     for path in sources(package):
         wrong = sorted(name for name in imported(path) if name.split(".")[0] in forbidden)
-        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}: imports point server -> adapters, kernels"
+        assert not wrong, (
+            f"{path.relative_to(ROOT)} imports {wrong}: imports point server -> adapters, kernels"
+        )
 
 
 @pytest.mark.parametrize("package", OUTSIDE)
@@ -59,7 +61,9 @@ def test_lower_packages_import_little(package):
 
     for path in sources(package):
         heads = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names) - {package}
-        assert heads <= OUTSIDE[package], f"{path.relative_to(ROOT)} imports {sorted(heads - OUTSIDE[package])}"
+        assert heads <= OUTSIDE[package], (
+            f"{path.relative_to(ROOT)} imports {sorted(heads - OUTSIDE[package])}"
+        )
 
 
 @pytest.mark.parametrize("part", INSIDE)
@@ -68,7 +72,9 @@ def test_imports_inside_the_server(part):
         if path.relative_to(ROOT / "server").parts[0].removesuffix(".py") != part:
             continue
         others = {name.split(".")[1] for name in imported(path) if name.startswith("server.")} - {part}
-        assert others <= INSIDE[part], f"{path.relative_to(ROOT)} imports server.{sorted(others - INSIDE[part])}"
+        assert others <= INSIDE[part], (
+            f"{path.relative_to(ROOT)} imports server.{sorted(others - INSIDE[part])}"
+        )
 
 
 def test_the_load_tests_and_the_show_speak_http_only():
@@ -89,7 +95,9 @@ def test_package_roots_hold_a_docstring_and_nothing_else(package):
 def test_our_names_are_ours(package):
     """Hugging Face `kernels` and AdapterHub `adapters` install the same names and would shadow, or be shadowed."""
     owners = set(packages_distributions().get(package, []))
-    assert owners <= {"loraplex"}, f"`{package}` also belongs to {owners - {'loraplex'}}: uninstall it, or use a fresh venv"
+    assert owners <= {"loraplex"}, (
+        f"`{package}` also belongs to {owners - {'loraplex'}}: uninstall it, or use a fresh venv"
+    )
 
 
 def test_transformers_does_not_take_our_kernels_for_its_own():

@@ -26,7 +26,9 @@ def client():
         yield client
 
 
-def streamed(client: httpx.Client, body: dict, started: threading.Barrier | None = None) -> tuple[str, str, str | None]:
+def streamed(
+    client: httpx.Client, body: dict, started: threading.Barrier | None = None
+) -> tuple[str, str, str | None]:
     """The text, the adapter and its generation; every chunk must name the same ones."""
     if started is not None:
         started.wait()
@@ -66,6 +68,7 @@ def test_eight_streams_at_once_equal_their_solo_runs(client):
 
 def test_they_did_share_steps(client):
     """The test above is about nothing if the server ran one sequence after the other."""
+
     def counters() -> dict[str, float]:
         lines = client.get("/metrics").text.splitlines()
         pairs = [line.rsplit(" ", 1) for line in lines if line.startswith("loraplex_")]
@@ -89,7 +92,9 @@ def test_the_selectors_agree(client):
     assert {reply["model"] for reply in replies} == {"legal"}
     conflict = client.post("/v1/completions", json=body | {"model": "legal", "adapter": "finance"})
     assert conflict.status_code == 400
-    assert client.post("/v1/completions", json=body | {"model": "legal", "adapter": "legal"}).status_code == 200
+    assert (
+        client.post("/v1/completions", json=body | {"model": "legal", "adapter": "legal"}).status_code == 200
+    )
 
 
 def test_replaced_while_it_answers_and_removed(client):
@@ -101,7 +106,9 @@ def test_replaced_while_it_answers_and_removed(client):
 
     def running() -> str:
         text = ""
-        with client.stream("POST", "/v1/completions", json=body | {"stream": True, "max_tokens": 200}) as reply:
+        with client.stream(
+            "POST", "/v1/completions", json=body | {"stream": True, "max_tokens": 200}
+        ) as reply:
             for line in reply.iter_lines():
                 if line.startswith("data: {"):
                     text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
@@ -116,7 +123,7 @@ def test_replaced_while_it_answers_and_removed(client):
         put = client.put("/v1/adapters/swapped", content=zipped(DEMO / "adapters" / "finance"))
         replaced.set()
         assert in_flight.result() == long_solo
-    assert put.status_code == 200
+    assert put.status_code == 201
     new = streamed(client, body)
     assert new[0] != old[0]
     assert new[2] != old[2]

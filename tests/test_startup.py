@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from adapters.pages import page_nbytes
 from server import startup
 from server.config import GIB, Settings, SettingsError
-from server.engine.messages import Finished, Sampling, Submit, Token
+from server.engine.sequence import Finished, Sampling, Submit, Token
 from server.errors import UnsupportedModelError
 from server.memory_plan import plan_memory
 from server.model.kv_cache import position_nbytes
@@ -90,7 +90,6 @@ class TestPlan:
             plan_memory(settings(adapter_memory_bytes=need - 1), servable)
         assert set(plan_memory(settings(adapter_memory_bytes=need), servable).pages.values()) == {1}
 
-    @pytest.mark.xfail(strict=True, reason="the cache is blamed for what the model cannot do")
     def test_a_text_longer_than_the_models_is_refused_by_its_own_name(self, servable):
         with pytest.raises(SettingsError, match="--max-model-len"):
             plan_memory(settings(max_model_len=65, kv_cache_memory_bytes=GIB), servable)
@@ -98,9 +97,6 @@ class TestPlan:
             plan_memory(settings(max_model_len=65, kv_cache_memory_bytes=GIB), servable)
         assert "--kv-cache-memory-bytes" not in str(refused.value)
 
-    @pytest.mark.xfail(
-        strict=True, raises=pytest.fail.Exception, reason="an assertion of the cache is met instead"
-    )
     def test_a_block_size_that_does_not_divide_the_tile_is_a_wrong_setting(self, servable):
         with pytest.raises(SettingsError, match="--block-size"):
             plan_memory(settings(block_size=24), servable)

@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from server.api.schemas.generation import GenerationRequest
-from server.engine.messages import Finished, FinishReason, Sampling, Submit, Token
+from server.engine.sequence import Finished, FinishReason, Sampling, Submit, Token
 from server.errors import ContextLengthError, InvalidRequestError, NotReadyError, QueueFullError
 from server.metrics import Metrics, Outcome
 from server.serving import Served

@@ -6,10 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from kernels.segments import Segment, segments_of
-from kernels.spans import Span
-from server.engine.residency import Residency
-from server.engine.scheduler import Scheduled
+from kernels.segments import Segment, Span, segments_of
+from server.engine.scheduler import Residency, Scheduled
 from server.model.runner import StepInputs
 
 

@@ -5,17 +5,21 @@ Runs without HTTP: `async for event in engine.stream(submit)`. Knows nothing of 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
 from server.engine import batch as batches
-from server.engine.messages import (
+from server.engine.sampler import sample
+from server.engine.scheduler import Residency, Scheduled, Scheduler
+from server.engine.sequence import (
     Abort,
     Command,
     EngineStats,
@@ -24,20 +28,70 @@ from server.engine.messages import (
     Finished,
     FinishReason,
     Forget,
+    Sequence,
     Stop,
     Submit,
     Token,
     Wake,
 )
-from server.engine.residency import Residency
-from server.engine.sampler import sample
-from server.engine.scheduler import Scheduled, Scheduler
-from server.engine.sequence import Sequence
-from server.engine.streams import Streams
-from server.errors import AdapterRejectedError, EngineDeadError, LoraplexError, QueueFullError
+from server.errors import (
+    AdapterRejectedError,
+    ContextLengthError,
+    EngineDeadError,
+    InvalidRequestError,
+    LoraplexError,
+    QueueFullError,
+)
 from server.model.runner import Runner
 
 logger = logging.getLogger(__name__)
+
+
+_Queue = asyncio.Queue[Event]
+
+
+class Streams:
+    """The open streams by request id; opened and closed on event loops, fed from the engine's thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[str, tuple[asyncio.AbstractEventLoop, _Queue]] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open(self, request_id: str) -> _Queue:
+        """A queue for the running event loop; the id must not be open already."""
+        queue: _Queue = asyncio.Queue()
+        with self._lock:
+            assert request_id not in self._open, f"request id {request_id} is in use"
+            self._open[request_id] = (asyncio.get_running_loop(), queue)
+        return queue
+
+    def close(self, request_id: str) -> None:
+        with self._lock:
+            del self._open[request_id]
+
+    def ids(self) -> list[str]:
+        with self._lock:
+            return list(self._open)
+
+    def deliver(self, events: Iterable[Event]) -> None:
+        """Hand a step's events over; those of closed streams are dropped, their readers are gone."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Queue, Event]]] = {}
+        with self._lock:
+            for event in events:
+                if event.request_id in self._open:
+                    loop, queue = self._open[event.request_id]
+                    by_loop.setdefault(loop, []).append((queue, event))
+        for loop, pairs in by_loop.items():
+            with suppress(RuntimeError):  # the loop has closed, and its readers with it
+                loop.call_soon_threadsafe(_put_all, pairs)
+
+
+def _put_all(pairs: list[tuple[_Queue, Event]]) -> None:
+    for events, event in pairs:
+        events.put_nowait(event)
 
 
 @dataclass(slots=True)
@@ -57,7 +111,13 @@ class Engine:
     """Runs sequences of many adapters in shared steps."""
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, residency: Residency, *, max_queued: int, threads: int | None = None
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        residency: Residency,
+        *,
+        max_queued: int,
+        threads: int | None = None,
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
@@ -94,8 +154,10 @@ class Engine:
     async def stream(self, submit: Submit) -> AsyncGenerator[Token | Finished, None]:
         """The sequence's tokens, then one `Finished`. Closing the iterator early aborts the sequence.
 
-        Raises `QueueFullError` when too many wait, and the error of a sequence that failed.
+        Raises `QueueFullError` when too many wait, `InvalidRequestError` for what could never run, and the error of a
+        sequence that failed.
         """
+        self._refuse_unrunnable(submit)
         if len(self._streams) >= self.max_open:
             raise QueueFullError(f"{len(self._streams)} sequences are running or waiting; try again shortly")
         events = self._streams.open(submit.request_id)
@@ -113,6 +175,17 @@ class Engine:
             self._streams.close(submit.request_id)
             if not isinstance(event, Finished | Failed):
                 self._inbox.put(Abort(submit.request_id))
+
+    def _refuse_unrunnable(self, submit: Submit) -> None:
+        if not submit.prompt:
+            raise InvalidRequestError("the prompt is empty; give at least one token", param="prompt")
+        room = (self.scheduler.blocks.total - 1) * self.scheduler.limits.block_size
+        if len(submit.prompt) + submit.sampling.max_tokens > room:
+            raise ContextLengthError(
+                f"{len(submit.prompt)} prompt tokens and {submit.sampling.max_tokens} to come are more than the "
+                f"{room} that the KV cache holds; shorten the prompt or lower max_tokens",
+                param="prompt",
+            )
 
     def stats(self) -> EngineStats:
         """Levels and counters as of now, from any thread."""
@@ -201,7 +274,12 @@ class Engine:
         except Exception:
             if len(batch) == 1:
                 logger.exception("a sequence failed request_id=%s", batch[0].sequence.request_id)
-                return [self._fail(batch[0].sequence, LoraplexError("the model failed on this request; the server's log has the reason"))]
+                return [
+                    self._fail(
+                        batch[0].sequence,
+                        LoraplexError("the model failed on this request; the server's log has the reason"),
+                    )
+                ]
             half = len(batch) // 2
             return self._run(batch[:half]) + self._run(batch[half:])
         for item in batch:

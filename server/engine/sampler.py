@@ -6,6 +6,7 @@ same text in any batch, on any device and after a preemption. Knows nothing of s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 
 import torch
@@ -34,8 +35,8 @@ def sample(
 def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     """Gumbel-max: the largest of log-probability plus noise is a draw from the distribution (Gumbel 1954)."""
 
-    def column(values: list[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits.device)[:, None]
+    def column(values: Iterable[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype, device=logits.device)[:, None]
 
     temperatures = [max(s.sampling.temperature, _LEAST_TEMPERATURE) for s in sequences]
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / column(temperatures, torch.float32)
@@ -55,7 +56,8 @@ def _keep_top(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     rank = torch.arange(scaled.shape[1], device=scaled.device)
     kept = rank < top_k
     probability = torch.softmax(ordered.masked_fill(~kept, float("-inf")), dim=-1)
-    kept &= (probability.cumsum(dim=-1) - probability < top_p) | (top_p >= 1)  # rounded sums reach 1 too early
+    before = probability.cumsum(dim=-1) - probability
+    kept &= (before < top_p) | (top_p >= 1)  # a rounded sum reaches 1 too early
     return torch.full_like(scaled, float("-inf")).scatter(1, order, ordered.masked_fill(~kept, float("-inf")))
 
 

@@ -1,4 +1,4 @@
-"""Which sequences run in the next step, and how many tokens of each. Torch-free.
+"""Which sequences run in the next step, how many tokens of each, and that their adapters are there. Torch-free.
 
 Decode first, then prefill in whole chunks, then admission in order of arrival. Chunks are cut at fixed multiples of
 `prefill_chunk` from a sequence's start; the token budget only decides how many. Knows nothing of logits or clients.
@@ -7,12 +7,54 @@ Decode first, then prefill in whole chunks, then admission in order of arrival. 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from adapters.errors import AdapterError
+from adapters.loader import Loader
+from adapters.pool import Pool
 from server.engine.blocks import Blocks
-from server.engine.residency import Admission, Residency
 from server.engine.sequence import Sequence
+
+
+class Admission(Enum):
+    """The answer to a sequence that wants to run."""
+
+    READY = auto()  # resident and pinned
+    LOADING = auto()  # being read from disk; ask again when the loader says so
+    NO_ROOM = auto()  # pages are held by running sequences
+
+
+class Residency:
+    """Pins of device pages, one per running sequence."""
+
+    def __init__(self, loader: Loader, pool: Pool) -> None:
+        self.loader = loader
+        self.pool = pool
+
+    def acquire(self, generation: str | None) -> Admission:
+        """Pin a generation's pages if that can be done now; raises `AdapterError` when it cannot be read."""
+        if generation is None:
+            return Admission.READY
+        if not self.pool.resident(generation):
+            adapter = self.loader.get(generation)
+            if adapter is None:
+                return Admission.LOADING
+            if not self.pool.admit(adapter):
+                return Admission.NO_ROOM
+        self.pool.pin(generation)
+        return Admission.READY
+
+    def release(self, generation: str | None) -> None:
+        """Give back one pin."""
+        if generation is not None:
+            self.pool.unpin(generation)
+
+    def pages(self, generation: str | None) -> Mapping[str, tuple[int, ...]]:
+        """Group to page ids; empty for the base alone."""
+        return {} if generation is None else self.pool.pages(generation)
+
 
 MAX_PASSED = 32  # how many younger sequences may be admitted before one that found no room
 
@@ -49,7 +91,9 @@ class Scheduler:
         self.residency = residency
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
-        self.rejected: list[tuple[Sequence, AdapterError]] = []  # adapters that could not be read; the engine takes them
+        self.rejected: list[
+            tuple[Sequence, AdapterError]
+        ] = []  # adapters that could not be read; the engine takes them
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)

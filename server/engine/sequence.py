@@ -1,10 +1,120 @@
-"""What the engine runs: one sequence of tokens and how far it has come. Knows nothing of text or of its client."""
+"""The engine's nouns: the commands and events that cross to it and back, and the sequence it runs.
+
+Commands and events are plain frozen data without tensors: an engine in another process would exchange exactly these.
+Knows nothing of text or HTTP.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from server.engine.messages import FinishReason, Sampling, Submit
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a sequence's tokens are chosen, and when it ends.
+
+    `temperature == 0` is greedy. `top_k == 0` and `top_p == 1` are off. `stop_token_ids` holds the model's
+    end-of-sequence tokens too, unless the caller ignores them.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Run one sequence. `generation` is the adapter's content id, or None for the base alone."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    generation: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """End a sequence now: its client is gone, or the edge found a stop string in its text."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """No name and no request holds this generation any more: its pages may go."""
+
+    generation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Look again: a loader thread has finished a read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End every sequence with an error and leave the loop."""
+
+
+Command = Submit | Abort | Forget | Wake | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One sampled token. The token that ends a sequence (an end-of-sequence id) is an event too."""
+
+    request_id: str
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a sequence that ended well."""
+
+    request_id: str
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The last event of a sequence that could not go on."""
+
+    request_id: str
+    error: Exception
+
+
+Event = Token | Finished | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters and levels of the engine, read at any time from any thread."""
+
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    pages_used: int
+    pages_total: int
+    resident: tuple[str, ...]  # generations on the device
+    adapter_room: int  # adapters of one page per group that fit on the device together
+    steps: int
+    prefill_tokens: int
+    decode_tokens: int
+    generated_tokens: int
+    step_seconds: float
+    last_batch_sequences: int
+    last_batch_adapters: int
+    adapter_loads: int
+    adapter_evictions: int
 
 
 @dataclass(slots=True, eq=False)

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kernels.segments import Segment
-from kernels.spans import Spans
+from kernels.segments import Segment, Spans
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adapters.memory import zeros
-from kernels.spans import KV_TILE
+from kernels.segments import KV_TILE
 from server.model.attention import AttentionLayer
 
 PADDING_BLOCK = 0  # never given to a sequence: rows that only pad a step write there
@@ -33,7 +33,9 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> KVCache:
-        assert KV_TILE % block_size == 0, f"block size {block_size} does not divide the tile of {KV_TILE} keys"
+        assert KV_TILE % block_size == 0, (
+            f"block size {block_size} does not divide the tile of {KV_TILE} keys"
+        )
         positions = blocks * block_size + KV_TILE
 
         def zeroed(heads: int, width: int) -> Tensor:

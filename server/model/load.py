@@ -43,7 +43,9 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedModelError(f"{source.model} cannot be served: its configuration cannot be read: {error}") from error
+        raise UnsupportedModelError(
+            f"{source.model} cannot be served: its configuration cannot be read: {error}"
+        ) from error
     if getattr(config, "quantization_config", None) is not None or source.quantization == "none":
         return _read(folder, source, None)
     quantization = _quantization_config(source.quantization)
@@ -69,7 +71,9 @@ def _folder(model: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+        return Path(
+            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
+        )
     except Exception as error:
         raise UnsupportedModelError(
             f"{model} cannot be served: it is not a folder here, and it cannot be fetched from the hub: {error}"
@@ -89,14 +93,18 @@ def _read(folder: Path, source: ModelSource, quantization: BitsAndBytesConfig | 
         )
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(f"{source.model} cannot be served: {error}") from error
-    for parameter in model.parameters():  # transformers leaves a quantized checkpoint in the dtype it was saved with
+    for (
+        parameter
+    ) in model.parameters():  # transformers leaves a quantized checkpoint in the dtype it was saved with
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(source.dtype)
     return cast(PreTrainedModel, model)
 
 
 def _quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
-    if quantization == "int8":  # threshold 0: an outlier in one row must not change how another's columns are computed
+    if (
+        quantization == "int8"
+    ):  # threshold 0: an outlier in one row must not change how another's columns are computed
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 

@@ -77,7 +77,9 @@ def probe(model: PreTrainedModel) -> Findings:
         what = f"arguments we do not know ({', '.join(unknown)})" if unknown else "a mask of its own"
         raise UnsupportedModelError(f"{name} cannot be served: its attention is called with {what}")
     if not calls:
-        raise UnsupportedModelError(f"{name} cannot be served: it has no nn.Linear that an adapter could change")
+        raise UnsupportedModelError(
+            f"{name} cannot be served: it has no nn.Linear that an adapter could change"
+        )
     return Findings(_layout(calls), tuple(layers[index] for index in sorted(layers)))
 
 
@@ -133,9 +135,7 @@ def _layout(calls: list[_Call]) -> Layout:
             runs.append([call])
     return Layout(
         tuple(
-            Site(
-                _group_name(run), run[0].in_features, tuple(Member(c.module, c.out_features) for c in run)
-            )
+            Site(_group_name(run), run[0].in_features, tuple(Member(c.module, c.out_features) for c in run))
             for run in runs
         )
     )

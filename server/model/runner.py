@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.reference import ROW_TILE
-from kernels.segments import Segment
-from kernels.spans import Span, Spans
+from kernels.segments import Segment, Span, Spans
 from server.model.context import ForwardContext, forward_context
 from server.model.kv_cache import PADDING_BLOCK, KVCache
 from server.model.servable import ServableModel
@@ -37,13 +36,14 @@ class Runner:
     """Runs steps of a servable model over one KV cache."""
 
     def __init__(self, servable: ServableModel, cache: KVCache) -> None:
-        self.servable = servable
+        self.model = servable.model
+        self.device = servable.device
         self.cache = cache
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> Tensor:  # [wanted, vocabulary] float32
         """Logits of `inputs.logits_rows`, in that order, on the model's device."""
-        device = self.servable.device
+        device = self.device
         padding = -len(inputs.token_ids) % ROW_TILE  # a row's bits may depend on how many rows a product has
         rows, wanted = len(inputs.token_ids) + padding, len(inputs.logits_rows)
         host = np.concatenate(
@@ -54,8 +54,8 @@ class Runner:
                 np.pad(inputs.logits_rows, (0, -wanted % ROW_TILE)),
             )
         )
-        sizes = (rows, rows, rows, len(host) - 3 * rows)
-        token_ids, positions, kv_index, logits_rows = torch.from_numpy(host).to(device).split(sizes)
+        sizes = [rows, rows, rows, len(host) - 3 * rows]
+        token_ids, positions, kv_index, logits_rows = torch.split(torch.from_numpy(host).to(device), sizes)
         context = ForwardContext(
             kv_index=kv_index,
             spans=Spans(inputs.spans, self.cache.block_size, device),
@@ -63,8 +63,11 @@ class Runner:
             kv_caches=self.cache.layers,
         )
         with forward_context(context):
-            output = self.servable.model(
-                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=logits_rows
+            output = self.model(
+                input_ids=token_ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=logits_rows,
             )
         logits: Tensor = output.logits[0, :wanted]
         return logits.float()

@@ -16,12 +16,18 @@ from transformers import PreTrainedModel
 
 from adapters.adapter import Layout, Site
 from adapters.pool import SitePages
-from server.model.activations import install_steady_activations
 from server.model.attention import IMPLEMENTATION, AttentionLayer, register
-from server.model.base_linear import BaseLinear, DenseLinear, FourBitLinear, Int8Linear, ModuleLinear
-from server.model.linear import LinearGroup, LoRALinear
+from server.model.linear import (
+    BaseLinear,
+    DenseLinear,
+    FourBitLinear,
+    Int8Linear,
+    LinearGroup,
+    LoRALinear,
+    ModuleLinear,
+)
 from server.model.probe import probe, refuse_unserved_config
-from server.model.rotary import install_rotary_tables
+from server.model.steady import install_rotary_tables, install_steady_activations
 
 LinearBackend = Literal["exact", "bitsandbytes"]
 
@@ -38,7 +44,7 @@ class ServableModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return cast(torch.device, self.model.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,7 +91,9 @@ def _install_group(model: PreTrainedModel, site: Site, backend: LinearBackend) -
 
 def _base(members: Sequence[nn.Linear], dtype: torch.dtype, backend: LinearBackend) -> BaseLinear:
     quantized = isinstance(members[0], Linear4bit | Linear8bitLt)
-    if any(type(member) is not type(members[0]) for member in members) or (quantized and backend == "bitsandbytes"):
+    if any(type(member) is not type(members[0]) for member in members) or (
+        quantized and backend == "bitsandbytes"
+    ):
         return ModuleLinear(tuple(members))
     if isinstance(members[0], Linear4bit):
         return FourBitLinear.of(cast(Sequence[Linear4bit], members), dtype)

@@ -16,11 +16,9 @@ from adapters.loader import Loader
 from adapters.pool import Pool
 from server.engine.blocks import Blocks
 from server.engine.engine import Engine
-from server.engine.messages import Finished, Sampling, Submit, Token
-from server.engine.residency import Residency
 from server.engine.sampler import sample
-from server.engine.scheduler import Limits, Scheduler
-from server.engine.sequence import Sequence
+from server.engine.scheduler import Limits, Residency, Scheduler
+from server.engine.sequence import Finished, Sampling, Sequence, Submit, Token
 
 VOCAB = 24
 BLOCK = 4

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 
-from server.engine.messages import Finished, Token
+from server.engine.sequence import Finished, Token
 from server.errors import AdapterRejectedError, EngineDeadError, LoraplexError, QueueFullError
 from tests.engine.fakes import Bench, make_adapter, read, submit
 

@@ -39,7 +39,9 @@ class Case:
         plain.save_pretrained(folder / "base")
         held = held_model(folder / "base", how, device)
         self.oracle = with_adapters(exact_twin(held, plain), architecture)
-        self.peft = with_adapters(self._forced(held_model(folder / "base", how, device), avx512_bf16), architecture)
+        self.peft = with_adapters(
+            self._forced(held_model(folder / "base", how, device), avx512_bf16), architecture
+        )
         servable = make_servable(self._forced(held, avx512_bf16), backend=backend)
         self.rows = mixed_rows()
         adapters = read_peft(with_adapters(copy.deepcopy(plain), architecture), folder / "adapters", servable)

@@ -13,10 +13,8 @@ from adapters.peft_format import read_adapter
 from adapters.pool import Pool
 from server.engine import batch as batches
 from server.engine.blocks import Blocks
-from server.engine.messages import Sampling
-from server.engine.residency import Residency
-from server.engine.scheduler import Limits, Scheduler
-from server.engine.sequence import Sequence
+from server.engine.scheduler import Limits, Residency, Scheduler
+from server.engine.sequence import Sampling, Sequence
 from server.model.kv_cache import KVCache
 from server.model.runner import Runner
 from server.model.servable import ServableModel
@@ -60,14 +58,20 @@ class Harness:
         )
         servable.attach(self.pool.sites)
         cache = KVCache.allocate(
-            servable.attention, blocks=blocks, block_size=16, dtype=servable.dtype, device=torch.device(device)
+            servable.attention,
+            blocks=blocks,
+            block_size=16,
+            dtype=servable.dtype,
+            device=torch.device(device),
         )
         self.runner = Runner(servable, cache)
         self.loader = Loader(adapters.__getitem__, 1 << 30, lambda: None)
         self.residency = Residency(self.loader, self.pool)
         self.scheduler = Scheduler(Limits(16, tokens, chunk, 16), Blocks(blocks), self.residency)
 
-    def run(self, rows: dict[str, Row], arrivals: dict[str, int] | None = None) -> dict[str, dict[int, Tensor]]:
+    def run(
+        self, rows: dict[str, Row], arrivals: dict[str, int] | None = None
+    ) -> dict[str, dict[int, Tensor]]:
         """Logits by row and by position of the token they were computed from.
 
         `arrivals` gives the step at which a row joins; the others are there from the start.

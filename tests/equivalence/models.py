@@ -52,8 +52,12 @@ def adapter_configs(architecture: str) -> dict[str, LoraConfig]:
     return {
         "rank3": LoraConfig(r=3, lora_alpha=24, target_modules=attention, **given),
         "rank8": LoraConfig(r=8, lora_alpha=16, target_modules=targets, use_rslora=True, **given),
-        "rank16": LoraConfig(r=16, lora_alpha=16, target_modules=targets, alpha_pattern={targets[0]: 40}, **given),
-        "rank64": LoraConfig(r=64, lora_alpha=64, target_modules=targets, rank_pattern={"down_proj": 20}, **given),
+        "rank16": LoraConfig(
+            r=16, lora_alpha=16, target_modules=targets, alpha_pattern={targets[0]: 40}, **given
+        ),
+        "rank64": LoraConfig(
+            r=64, lora_alpha=64, target_modules=targets, rank_pattern={"down_proj": 20}, **given
+        ),
     }
 
 
@@ -67,7 +71,9 @@ def plain_model(architecture: str) -> nn.Module:
 def held_model(folder: Path, how: str, device: str = "cpu") -> nn.Module:
     """The checkpoint in `folder`, held as `how` says: "fp32", "bf16", "nf4", "nf4-bf16" or "int8"."""
     quantization = {
-        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+        "nf4": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        ),
         "int8": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0),
     }.get(how.removesuffix("-bf16"))
     given = {} if quantization is None else {"quantization_config": quantization}
@@ -88,7 +94,9 @@ def exact_twin(model: nn.Module, plain: nn.Module) -> nn.Module:
     for path, module in twin.named_modules():
         other = held.get(path)
         if isinstance(other, Linear4bit):
-            module.weight.data = bnb.dequantize_4bit(other.weight.data, other.weight.quant_state).float().cpu()
+            module.weight.data = (
+                bnb.dequantize_4bit(other.weight.data, other.weight.quant_state).float().cpu()
+            )
         elif isinstance(other, Linear8bitLt):
             module.weight.data = other.weight.data.float() * (other.weight.SCB.float() / 127.0)[:, None]
             module.weight.data = module.weight.data.cpu()

@@ -5,7 +5,9 @@ from torch import Tensor, nn
 
 
 @torch.inference_mode()
-def peft_logits(peft_model: nn.Module, tokens: list[int], adapter: str | None) -> Tensor:  # [tokens, vocab] float64
+def peft_logits(
+    peft_model: nn.Module, tokens: list[int], adapter: str | None
+) -> Tensor:  # [tokens, vocab] float64
     ids = torch.tensor([tokens], device=peft_model.device)
     if adapter is None:
         with peft_model.disable_adapter():

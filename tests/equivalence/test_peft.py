@@ -14,7 +14,8 @@ def test_exact_paths_agree_with_peft(architecture, how, tmp_path):
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize(
-    ("how", "backend"), [("bf16", "exact"), ("int8", "exact"), ("nf4-bf16", "bitsandbytes"), ("nf4", "bitsandbytes")]
+    ("how", "backend"),
+    [("bf16", "exact"), ("int8", "exact"), ("nf4-bf16", "bitsandbytes"), ("nf4", "bitsandbytes")],
 )
 def test_rounding_paths_are_as_good_as_pefts(architecture, how, backend, tmp_path):
     assert_as_good_as_peft(Case(architecture, how, tmp_path, backend=backend))

@@ -1,4 +1,4 @@
-"""These tests need a CUDA device: without one they are skipped, or fail where `--require-cuda` says there must be one."""
+"""These tests need a CUDA device: without one they are skipped, or fail with `--require-cuda`."""
 
 import pytest
 import torch

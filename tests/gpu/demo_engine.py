@@ -11,9 +11,8 @@ from adapters.peft_format import read_adapter
 from adapters.pool import Pool
 from server.engine.blocks import Blocks
 from server.engine.engine import Engine
-from server.engine.messages import Sampling, Submit, Token
-from server.engine.residency import Residency
-from server.engine.scheduler import Limits, Scheduler
+from server.engine.scheduler import Limits, Residency, Scheduler
+from server.engine.sequence import Sampling, Submit, Token
 from server.model.kv_cache import KVCache
 from server.model.load import ModelSource, load_model
 from server.model.runner import Runner

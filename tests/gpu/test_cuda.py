@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.segments import Segment
-from kernels.spans import KV_TILE, Span, Spans
+from kernels.segments import KV_TILE, Segment, Span, Spans
 from tests.equivalence.case import Case, assert_as_good_as_peft, assert_exact
 from tests.equivalence.models import CONFIGS
 from tests.gpu.demo_engine import demo_engine
@@ -54,7 +53,9 @@ def test_exact_paths_agree_with_peft(architecture, how, tmp_path):
     assert_exact(Case(architecture, how, tmp_path, device="cuda"))
 
 
-@pytest.mark.parametrize(("how", "backend"), [("bf16", "exact"), ("nf4-bf16", "exact"), ("nf4-bf16", "bitsandbytes")])
+@pytest.mark.parametrize(
+    ("how", "backend"), [("bf16", "exact"), ("nf4-bf16", "exact"), ("nf4-bf16", "bitsandbytes")]
+)
 def test_rounding_paths_are_as_good_as_pefts(how, backend, tmp_path):
     assert_as_good_as_peft(Case("llama", how, tmp_path, backend=backend, device="cuda"))
 
@@ -66,7 +67,9 @@ def test_the_demos_story(tmp_path):
     lines = [(scene, line) for scene in scenes for line in scene["lines"]]
 
     async def all_at_once() -> list[str]:
-        return await asyncio.gather(*(ask(scene["prompt"], line["adapter"], scene["max_tokens"]) for scene, line in lines))
+        return await asyncio.gather(
+            *(ask(scene["prompt"], line["adapter"], scene["max_tokens"]) for scene, line in lines)
+        )
 
     engine.start()
     try:

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.segments import Segment
-from kernels.spans import Span
+from kernels.segments import Segment, Span
 
 PAGE_RANK = 16
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.spans import KV_TILE, Span, Spans
+from kernels.segments import KV_TILE, Span, Spans
 from tests.kernels.naive import attention, relative_error
 
 WIDTHS = (8, 12)  # of keys, of values

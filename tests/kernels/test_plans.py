@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.segments import segments_of
-from kernels.spans import KV_TILE, Span, Spans
+from kernels.segments import KV_TILE, Span, Spans, segments_of
 
 BLENDS = [((), ()), ((0,), (1.0,)), ((0,), (0.5,)), ((1, 2), (1.0, 1.0)), ((2, 1), (1.0, 1.0))]
 ROWS = st.lists(st.tuples(st.integers(1, 5), st.sampled_from(BLENDS)), max_size=12)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from server.model.activations import SteadyGELU, SteadyGELUTanh, SteadySiLU, install_steady_activations
+from server.model.steady import SteadyGELU, SteadyGELUTanh, SteadySiLU, install_steady_activations
 
 STEADY = {
     SteadySiLU: F.silu,

@@ -6,7 +6,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 
-from server.model.base_linear import DenseLinear, FourBitLinear, FourBitWeight, Int8Linear, ModuleLinear
+from server.model.linear import DenseLinear, FourBitLinear, FourBitWeight, Int8Linear, ModuleLinear
 
 BIASES = {"none": [False, False, False], "all": [True, True, True], "some": [True, False, True]}
 WIDTHS = [64, 32, 96]

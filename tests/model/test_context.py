@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.spans import Spans
+from kernels.segments import Spans
 from server.model.context import ForwardContext, current_context, forward_context
 
 CONTEXT = ForwardContext(torch.empty(0), Spans((), 16, torch.device("cpu")), {}, ())

@@ -9,8 +9,7 @@ import torch
 
 from adapters.adapter import Member, Site
 from adapters.pool import SitePages
-from kernels.segments import Segment
-from kernels.spans import Spans
+from kernels.segments import Segment, Spans
 from server.model.context import ForwardContext, forward_context
 from server.model.linear import LinearGroup, LoRALinear
 from tests.kernels.naive import PAGE_RANK, add_deltas

@@ -8,7 +8,7 @@ from transformers import MixtralConfig
 
 from server.errors import UnsupportedModelError
 from server.model import load
-from server.model.base_linear import DenseLinear, FourBitLinear, Int8Linear, ModuleLinear
+from server.model.linear import DenseLinear, FourBitLinear, Int8Linear, ModuleLinear
 from server.model.load import ModelSource, load_model
 from server.model.servable import make_servable
 from tests.model.tiny import SIZES, make_model

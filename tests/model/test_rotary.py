@@ -7,7 +7,7 @@ from transformers import Gemma3TextConfig, LlamaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from server.model.rotary import RotaryTable, install_rotary_tables
+from server.model.steady import RotaryTable, install_rotary_tables
 from tests.model.tiny import SIZES, make_model
 
 LENGTH = 64

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kernels.reference import ROW_TILE
-from kernels.spans import KV_TILE, Span
+from kernels.segments import KV_TILE, Span
 from server.model.attention import AttentionLayer
 from server.model.kv_cache import PADDING_BLOCK, KVCache, position_nbytes
 from server.model.runner import Runner, StepInputs
@@ -84,7 +84,7 @@ def test_the_cache_carries_what_came_before(runner):
 
 def test_no_logits_are_made_when_none_are_wanted(runner):
     seen = []
-    head = runner.servable.model.lm_head
+    head = runner.model.lm_head
     hook = head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
     try:
         assert runner.forward(step(TEXT, [])).shape == (0, 64)
@@ -96,7 +96,7 @@ def test_no_logits_are_made_when_none_are_wanted(runner):
 
 def test_rows_are_padded_and_the_padding_writes_to_its_own_block(runner):
     seen = []
-    body = runner.servable.model.model
+    body = runner.model.model
     for keys, _ in runner.cache.layers:
         keys.fill_(7)
     hook = body.register_forward_hook(lambda module, args, output: seen.append(output[0].shape[1]))

@@ -9,7 +9,7 @@ from adapters.errors import AdapterError, Finding
 from adapters.records import check_name
 from adapters.registry import Entry, Put, Reference
 from server.config import Settings
-from server.engine.messages import EngineStats, Finished, Token
+from server.engine.sequence import EngineStats, Finished, Token
 from server.errors import QueueFullError
 from server.serving import GenerationDefaults, Served, Serving
 from server.text.tokenizer import Tokenizer

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.engine.messages import Sampling
+from server.engine.sequence import Sampling
 from tests.server.api.conftest import error, events
 
 TEXT = " the court grants relief"

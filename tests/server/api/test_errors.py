@@ -120,7 +120,7 @@ def test_an_adapters_error_says_by_itself_whose_mistake_it_is(code, status):
 
 def test_an_aborted_sequence_is_an_error(client, world):
     async def stream(submit):
-        from server.engine.messages import Finished
+        from server.engine.sequence import Finished
 
         yield Finished(submit.request_id, "abort", 1, 0)
 
