@@ -45,7 +45,7 @@ def _full_disk_named() -> Iterator[None]:
 class Registry:
     """Every name of one store, for one base.
 
-    One lock guards what is in memory and is held for moments: `resolve` and `release` never wait for a disk.
+    One lock guards the names in memory and is held for moments: `resolve` and `release` never wait for a disk.
     Changes take turns behind a second one, since a disk is slow; an upload is checked before its turn.
 
     `fits` raises AdapterError for an adapter that could never be served; at start it is given adapters whose
