@@ -55,6 +55,9 @@ def _engine(stats: EngineStats) -> Iterator[Metric]:
         "prefill_tokens": ("Prompt tokens computed.", stats.prefill_tokens),
         "decode_tokens": ("Tokens computed in decode.", stats.decode_tokens),
         "generated_tokens": ("Tokens sampled.", stats.generated_tokens),
+        "prefix_tokens": ("Prompt tokens of admitted sequences.", stats.prefix_tokens),
+        "prefix_hits": ("Of these, tokens that were not computed again.", stats.prefix_hits),
+        "preemptions": ("Sequences that gave back their blocks and started again.", stats.preemptions),
     }
     yield from _gauges(gauges)
     yield from _counters(counters)
@@ -90,7 +93,13 @@ def _interop(stats: EngineStats, entries: Sequence[Entry], base: str) -> Iterato
         gauge = GaugeMetricFamily(name, "As vLLM reports it.", labels=list(labels))
         gauge.add_metric(list(labels.values()), value)
         yield gauge
-    totals = {"vllm:prompt_tokens": stats.prefill_tokens, "vllm:generation_tokens": stats.generated_tokens}
+    totals = {
+        "vllm:prompt_tokens": stats.prefill_tokens,
+        "vllm:generation_tokens": stats.generated_tokens,
+        "vllm:prefix_cache_queries": stats.prefix_tokens,
+        "vllm:prefix_cache_hits": stats.prefix_hits,
+        "vllm:num_preemptions": stats.preemptions,
+    }
     for name, value in totals.items():
         counter = CounterMetricFamily(name, "As vLLM reports it.", labels=list(labels))
         counter.add_metric(list(labels.values()), value)

@@ -209,6 +209,9 @@ class Engine:
             last_batch_adapters=counters.last_adapters,
             adapter_loads=loader.loads,
             adapter_evictions=pool.evictions,
+            prefix_tokens=scheduler.prefix_tokens,
+            prefix_hits=scheduler.prefix_hits,
+            preemptions=scheduler.preemptions,
         )
 
     def check(self) -> None:

@@ -14,7 +14,7 @@ from enum import Enum, auto
 from adapters.errors import AdapterError
 from adapters.loader import Loader
 from adapters.pool import Pool
-from server.engine.blocks import Blocks
+from server.engine.blocks import Blocks, block_hash
 from server.engine.sequence import Sequence
 
 
@@ -93,7 +93,10 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self.rejected: list[
             tuple[Sequence, AdapterError]
-        ] = []  # adapters that could not be read; the engine takes them
+        ] = []  # no adapter to be read; the engine takes them
+        self.prefix_tokens = 0  # of all prompts admitted
+        self.prefix_hits = 0  # of these, not computed again
+        self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -101,6 +104,8 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         """The next step. Sequences without room for their next block make the youngest wait and start again."""
         batch: list[Scheduled] = []
+        for sequence in self.running:
+            self._remember(sequence)
         budget, before = self.limits.tokens, len(self.running)
         for sequence in sorted(self.running, key=lambda s: s.missing > 1):
             if sequence.blocks:  # an older sequence may have taken them in this very loop
@@ -112,9 +117,7 @@ class Scheduler:
     def retire(self, sequence: Sequence) -> None:
         """Forget a sequence, running or waiting, and give back all it holds."""
         if sequence in self.running:
-            self.running.remove(sequence)
-            self.residency.release(sequence.generation)
-            self.blocks.release(sequence.blocks)
+            self._give_back(sequence)
         else:
             self.waiting.remove(sequence)
 
@@ -147,8 +150,7 @@ class Scheduler:
         """Start waiting sequences, oldest first; one that finds no room is passed by at most `MAX_PASSED` others."""
         passed_over: list[Sequence] = []
         for sequence in tuple(self.waiting):
-            count = self._chunk(sequence, budget)
-            if not count or len(self.running) >= self.limits.sequences:
+            if not self._chunk(sequence, budget) or len(self.running) >= self.limits.sequences:
                 return
             try:
                 admission = self._start(sequence)
@@ -158,6 +160,7 @@ class Scheduler:
                 continue
             match admission:
                 case Admission.READY:
+                    count = self._chunk(sequence, budget)  # again: part of the prompt may be there already
                     batch.append(Scheduled(sequence, count))
                     budget -= count
                     for older in passed_over:
@@ -173,18 +176,53 @@ class Scheduler:
             return Admission.NO_ROOM
         admission = self.residency.acquire(sequence.generation)
         if admission is Admission.READY:
-            self._reserve(sequence, len(sequence.tokens))
+            self._take_up_prefix(sequence)
+            self._reserve(sequence, sequence.missing)
             self.waiting.remove(sequence)
             self.running.append(sequence)
         return admission
 
+    def _take_up_prefix(self, sequence: Sequence) -> None:
+        """Begin with the blocks that hold the same text of the same generation; the newest token is always computed."""
+        length = len(sequence.tokens)
+        reused = self.blocks.reuse(
+            sequence.blocks, self._hashes(sequence, (length - 1) // self.limits.block_size)
+        )
+        sequence.remembered = reused
+        sequence.computed = reused * self.limits.block_size
+        self.prefix_tokens += length
+        self.prefix_hits += sequence.computed
+
+    def _remember(self, sequence: Sequence) -> None:
+        """Let others take up the blocks that have become full."""
+        full = sequence.computed // self.limits.block_size
+        if full > sequence.remembered:
+            hashes = self._hashes(sequence, full)
+            for block in range(sequence.remembered, full):
+                self.blocks.remember(sequence.blocks[block], hashes[block])
+            sequence.remembered = full
+
+    def _hashes(self, sequence: Sequence, count: int) -> list[bytes]:
+        """The hashes of the first `count` full blocks."""
+        size, known = self.limits.block_size, sequence.hashes
+        while len(known) < count:
+            start = len(known) * size
+            before = known[-1] if known else b""
+            known.append(block_hash(before, sequence.tokens[start : start + size], sequence.generation))
+        return known[:count]
+
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it will compute its tokens again, before anything younger starts."""
+        self.preemptions += 1
+        self._give_back(sequence)
+        sequence.computed = sequence.remembered = 0
+        self.waiting.appendleft(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self._remember(sequence)
         self.running.remove(sequence)
         self.residency.release(sequence.generation)
         self.blocks.release(sequence.blocks)
-        sequence.computed = 0
-        self.waiting.appendleft(sequence)
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """How many tokens go next: the one of a decode, or as many whole chunks as the budget holds."""

@@ -115,6 +115,9 @@ class EngineStats:
     last_batch_adapters: int
     adapter_loads: int
     adapter_evictions: int
+    prefix_tokens: int  # of all prompts admitted
+    prefix_hits: int  # of these, taken up from blocks that were there
+    preemptions: int
 
 
 @dataclass(slots=True, eq=False)
@@ -128,6 +131,8 @@ class Sequence:
     tokens: list[int]
     computed: int = 0  # tokens whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were asked for
+    remembered: int = 0  # full blocks that others may take up
     passed: int = 0  # how many younger sequences were admitted before this one
 
     @classmethod

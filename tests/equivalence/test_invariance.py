@@ -90,6 +90,33 @@ def test_after_a_preemption(engine_parts):
         assert_same_bits(together[name], alone[name])
 
 
+def test_after_a_prefix_hit(engine_parts):
+    """The same beginning again: its blocks are taken up, and every logit is the same bits."""
+    servable, adapters = engine_parts
+    rows = {
+        name: Row(tokens(40, 60) + tokens(41 + i, 20), 70, "rank8") for i, name in enumerate(["one", "two"])
+    }
+    alone = {name: Harness(servable, adapters).run({name: row})[name] for name, row in rows.items()}
+    shared = Harness(servable, adapters)
+    first = shared.run({"one": rows["one"]})
+    assert shared.scheduler.prefix_hits == 0
+    second = shared.run({"two": rows["two"]})
+    assert shared.scheduler.prefix_hits == 48  # the three full blocks of 16 that both begin with
+    assert_same_bits(first["one"], alone["one"])
+    assert_same_bits(second["two"], alone["two"])
+
+
+def test_a_prefix_is_never_taken_from_another_adapter(engine_parts):
+    """The same text under another adapter, and under none, shares nothing: blocks are kept by generation."""
+    servable, adapters = engine_parts
+    rows = {name: {"row": Row(tokens(50, 60), 50, name)} for name in ("rank8", "rank16", None)}
+    alone = {name: Harness(servable, adapters).run(row)["row"] for name, row in rows.items()}
+    shared = Harness(servable, adapters)
+    for name, row in rows.items():
+        assert_same_bits(shared.run(row)["row"], alone[name])
+        assert shared.scheduler.prefix_hits == 0
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_whatever_the_threads(engine_parts, threads):
     """A wide step is shared among threads; where one's share ends must not show."""

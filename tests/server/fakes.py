@@ -86,6 +86,9 @@ class FakeEngine:
             last_batch_adapters=1,
             adapter_loads=1,
             adapter_evictions=0,
+            prefix_tokens=50,
+            prefix_hits=20,
+            preemptions=1,
         )
 
 
