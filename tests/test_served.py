@@ -8,7 +8,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loadtests.archive import zipped
 from loadtests.server_process import serving
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -95,37 +94,3 @@ def test_the_selectors_agree(client):
     assert (
         client.post("/v1/completions", json=body | {"model": "legal", "adapter": "legal"}).status_code == 200
     )
-
-
-def test_replaced_while_it_answers_and_removed(client):
-    """A name takes a new generation; who began with the old one ends with it; the removed name is a 404."""
-    body = {"model": "swapped", "prompt": PROMPTS[0], "max_tokens": 40, "temperature": 0, "ignore_eos": True}
-    assert client.put("/v1/adapters/swapped", content=zipped(DEMO / "adapters" / "legal")).status_code == 201
-    old = streamed(client, body)
-    first_token, replaced = threading.Event(), threading.Event()
-
-    def running() -> str:
-        text = ""
-        with client.stream(
-            "POST", "/v1/completions", json=body | {"stream": True, "max_tokens": 200}
-        ) as reply:
-            for line in reply.iter_lines():
-                if line.startswith("data: {"):
-                    text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
-                    first_token.set()
-        assert replaced.is_set(), "the stream ended before the swap"
-        return text
-
-    long_solo = streamed(client, body | {"max_tokens": 200})[0]
-    with ThreadPoolExecutor(1) as pool:
-        in_flight = pool.submit(running)
-        first_token.wait()
-        put = client.put("/v1/adapters/swapped", content=zipped(DEMO / "adapters" / "finance"))
-        replaced.set()
-        assert in_flight.result() == long_solo
-    assert put.status_code == 201
-    new = streamed(client, body)
-    assert new[0] != old[0]
-    assert new[2] != old[2]
-    assert client.delete("/v1/adapters/swapped").status_code == 204
-    assert client.post("/v1/completions", json=body).status_code == 404
