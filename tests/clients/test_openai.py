@@ -1,0 +1,156 @@
+"""The official client, unchanged: it is understood, it gets what it expects, and its hanging up is noticed."""
+
+import asyncio
+import random
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from loadtests.server_process import serving
+
+DEMO = Path(__file__).parents[2] / "demo"
+ADAPTERS = ("medical", "legal", "finance")
+PROMPT = "Q: What is discharge?\nA:"
+QUESTION = [{"role": "user", "content": "What is discharge?"}]
+
+
+@pytest.fixture(scope="module")
+def url():
+    modules = [flag for name in ADAPTERS for flag in ("--lora-modules", f"{name}={DEMO}/adapters/{name}")]
+    with serving(DEMO / "base", "--served-model-name", "base", *modules) as server:
+        yield server.url
+
+
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def greedy(client, model: str) -> str:
+    reply = client.completions.create(model=model, prompt=PROMPT, max_tokens=24, temperature=0)
+    assert reply.model == model
+    return reply.choices[0].text
+
+
+def test_completions_by_model_and_by_adapter(client):
+    texts = {name: greedy(client, name) for name in ("base", *ADAPTERS)}
+    assert len(set(texts.values())) == 4
+    reply = client.completions.create(
+        model="base", prompt=PROMPT, max_tokens=24, temperature=0, extra_body={"adapter": "legal"}
+    )
+    assert reply.choices[0].text == texts["legal"]
+    assert reply.model_extra["adapter"] == "legal"
+    assert len(reply.model_extra["adapter_generation"]) == 64
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + 24
+
+
+def test_a_stream_is_the_same_text(client):
+    chunks = list(
+        client.completions.create(
+            model="legal",
+            prompt=PROMPT,
+            max_tokens=24,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == greedy(client, "legal")
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == 24
+    assert [choice.finish_reason for chunk in chunks for choice in chunk.choices][-1] == "length"
+
+
+def test_chat_streamed_and_not(client):
+    whole = client.chat.completions.create(model="finance", messages=QUESTION, max_tokens=56, temperature=0)
+    message = whole.choices[0].message
+    assert message.role == "assistant"
+    assert "loan" in message.content
+    assert whole.choices[0].finish_reason == "stop"
+    with client.chat.completions.stream(
+        model="finance", messages=QUESTION, max_tokens=56, temperature=0
+    ) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.content == message.content
+
+
+def test_several_choices_have_seeds_of_their_own(client):
+    def texts(**given) -> list[str]:
+        reply = client.completions.create(
+            model="legal", prompt=PROMPT, temperature=1.3, max_tokens=16, **given
+        )
+        assert [choice.index for choice in reply.choices] == list(range(len(reply.choices)))
+        return [choice.text for choice in reply.choices]
+
+    three = texts(n=3, seed=7)
+    assert three == texts(n=3, seed=7)
+    assert three[1] == texts(n=1, seed=8)[0]
+    assert len(set(three)) > 1
+
+
+def test_models_and_adapters_are_listed(client):
+    listed = {model.id: model for model in client.models.list()}
+    assert set(listed) == {"base", *ADAPTERS}
+    assert listed["legal"].model_extra["parent"] == "base"
+    assert client.models.retrieve("legal").id == "legal"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "code"),
+    [
+        ({"model": "unknown"}, openai.NotFoundError, "model_not_found"),
+        ({"model": "base", "extra_body": {"adapter": "unknown"}}, openai.NotFoundError, "adapter_not_found"),
+        ({"model": "base", "temperature": 9}, openai.BadRequestError, "invalid_value"),
+        ({"model": "base", "max_tokens": 10**6}, openai.BadRequestError, "context_length_exceeded"),
+        ({"model": "base", "suffix": "x"}, openai.BadRequestError, "unsupported_parameter"),
+    ],
+)
+def test_errors_are_the_clients_own_classes(client, given, error, code):
+    with pytest.raises(error) as caught:
+        client.completions.create(prompt=PROMPT, **given)
+    assert caught.value.code == code
+    assert caught.value.request_id
+
+
+def test_streams_cut_at_random_leave_nothing_behind(url):
+    moments = random.Random(3)
+
+    async def one(client: openai.AsyncOpenAI, number: int, chunks: int) -> None:
+        stream = await client.completions.create(
+            model=("base", *ADAPTERS)[number % 4],
+            prompt=PROMPT,
+            max_tokens=200,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        async for _ in stream:
+            chunks -= 1
+            if chunks < 0:
+                await stream.close()
+                return
+
+    async def all_of_them() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            await asyncio.gather(*(one(client, number, moments.randrange(8)) for number in range(64)))
+
+    asyncio.run(all_of_them())
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        left = levels(url)
+        if not any(left.values()):
+            break
+        time.sleep(0.1)
+    assert not any(left.values()), left
+
+
+def levels(url: str) -> dict[str, float]:
+    """What running requests hold, as the server's metrics say."""
+    names = ("requests_running", "requests_waiting", "kv_blocks_used", "adapters_referenced")
+    pairs = [line.rsplit(" ", 1) for line in httpx.get(f"{url}/metrics").text.splitlines() if line[:1] != "#"]
+    found = {name: float(value) for name, value in pairs}
+    return {name: found[f"loraplex_{name}"] for name in names}
