@@ -14,7 +14,6 @@ import pytest
 from adapters.files import FileOps
 from adapters.registry import Registry
 from adapters.store import hash_folder
-from tests.adapters.samples import adapter_files, write_zip
 from tests.adapters.test_registry import Shop
 
 ACKNOWLEDGED, KILLED, FAILED = 0, -signal.SIGKILL, 1
@@ -69,19 +68,6 @@ CHANGES: dict[str, Change] = {
     "rollback": lambda root, registry: registry.rollback("legal", 1),
     "delete": lambda root, registry: registry.delete("legal"),
 }
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
-    """A closed store: `legal` with two versions, `other`, and an archive that is to come."""
-    root = tmp_path_factory.mktemp("original")
-    shop = Shop(root, keep_versions=1)
-    for seed in (1, 2):
-        shop.put("legal", seed)
-    shop.put("other", 1)
-    write_zip(root / "archive", adapter_files(shop.folder(9)))
-    shop.store.close()
-    return root
 
 
 def run_and_die(root: Path, change: Change, kill_at: int, moment: str) -> int:

@@ -12,7 +12,6 @@ import pytest
 from adapters.errors import AdapterError
 from adapters.files import FileOps
 from adapters.registry import Registry
-from tests.adapters.samples import adapter_files, write_zip
 from tests.adapters.test_registry import Shop
 
 
@@ -82,19 +81,6 @@ CHANGES: dict[str, Callable[[Shop, Registry], object]] = {
     "rollback": lambda shop, registry: registry.rollback("legal", 1),
     "delete": lambda shop, registry: registry.delete("legal"),
 }
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
-    """A closed store with two names, and what is to be put next; every attempt gets a copy of it."""
-    root = tmp_path_factory.mktemp("original")
-    shop = Shop(root, keep_versions=1)
-    for seed in (1, 2):
-        shop.put("legal", seed)
-    shop.put("other", 1)
-    write_zip(root / "archive", adapter_files(shop.folder(9)))
-    shop.store.close()
-    return root
 
 
 def prepare(original: Path, root: Path) -> tuple[Shop, Failing]:

@@ -10,5 +10,5 @@ def _cuda(request):
         torch.backends.cuda.matmul.allow_tf32 = False
         return
     if request.config.getoption("--require-cuda"):
-        pytest.fail("no CUDA device answers here: run this on a machine with an NVIDIA GPU", pytrace=False)
+        pytest.exit("no CUDA device answers here: run this on a machine with an NVIDIA GPU", returncode=1)
     pytest.skip("no CUDA device here")
