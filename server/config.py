@@ -120,7 +120,10 @@ class Settings(BaseModel):
     max_queued_requests: Positive = Field(
         256, description="most sequences that may wait; more are refused (429)"
     )
-    threads: Positive | None = Field(None, description="CPU threads for the model")
+    threads: Positive | None = Field(
+        None,
+        description="CPU threads for the model; if not given all cores, or 1 for a base under 50 M parameters",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
     shutdown_timeout: float = Field(
         30, ge=0, allow_inf_nan=False, description="seconds in which running requests may end after SIGTERM"

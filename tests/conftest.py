@@ -1,4 +1,4 @@
-"""What every test runs under: no hub, quiet libraries, a fixed seed."""
+"""What every test runs under: no hub, quiet libraries, one thread, a fixed seed."""
 
 import os
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+torch.set_num_threads(1)  # the models here are tiny, and a fork-join costs more than their products
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

@@ -35,6 +35,12 @@ def settings(**given):
     return Settings(model="/models/tiny", **given)
 
 
+def test_a_small_model_runs_on_one_thread_and_a_large_one_on_all(servable, monkeypatch):
+    assert startup.default_threads(servable) == 1
+    monkeypatch.setattr("server.startup._SMALL", 1)
+    assert startup.default_threads(servable) is None
+
+
 class TestPlan:
     def test_the_default_is_what_the_sequences_can_use(self, servable):
         plan = plan_memory(settings(), servable)
