@@ -113,6 +113,9 @@ class Settings(BaseModel):
     max_lora_rank: Positive = Field(256, description="largest rank that is accepted")
     max_upload_bytes: ByteSize = Field(2 * GIB, description="largest upload of an adapter")
     adapter_store: Path | None = Field(None, description="folder in which adapters are kept")
+    keep_versions: Annotated[int, Field(ge=0)] = Field(
+        5, description="earlier versions of an adapter that are kept to roll back to"
+    )
     quantized_cache: Path | None = Field(None, description="folder in which quantized bases are kept")
     lora_modules: Annotated[tuple[LoraModule, ...], BeforeValidator(_modules)] = Field(
         (), description="an adapter to register at start, as name=path; may be repeated"

@@ -111,6 +111,7 @@ def assemble(settings: Settings, servable: ServableModel, plan: MemoryPlan, toke
         settings.max_lora_rank,
         fits,
         max_bytes=settings.max_upload_bytes,
+        keep_versions=settings.keep_versions,
         on_unreferenced=unreferenced,
     )
     loader = Loader(registry.read, settings.adapter_host_memory_bytes, lambda: engine.wake())

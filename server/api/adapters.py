@@ -1,17 +1,19 @@
-"""/v1/adapters: upload, list, show and remove adapters while the server runs."""
+"""/v1/adapters: upload, list, show, roll back and remove adapters while the server runs."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.errors import AdapterError
 from adapters.records import check_name
-from server.api.asgi import media_type
+from server.api.asgi import media_type, read_json
 from server.api.envelope import as_error
+from server.api.schemas.generation import described
 from server.api.upload import received
 from server.errors import ContentTypeError, InvalidRequestError
 from server.serving import Edge, EdgeOf, Served
@@ -35,6 +37,17 @@ ARCHIVES = frozenset(
 )
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+
+
+class Rollback(BaseModel):
+    """The body of a rollback: the version that the name should return to."""
+
+    model_config = ConfigDict(frozen=True)
+
+    to: Annotated[
+        Annotated[int, Field(ge=1)] | Annotated[str, Field(min_length=1)],
+        described("must be a revision (a whole number, 1 or more) or a generation"),
+    ]
 
 
 @router.put("/{name}")
@@ -70,6 +83,38 @@ def delete_adapter(name: str, request: Request, edge: EdgeOf) -> Response:
     """Remove the name. Requests that run with it end as they began."""
     edge.serving.ready().registry.delete(name, if_match=_if_match(request))
     return Response(status_code=204)
+
+
+@router.get("/{name}/versions")
+def list_versions(name: str, edge: EdgeOf) -> dict[str, Any]:
+    """The present version and those that a rollback can return to, newest first."""
+    versions = edge.serving.ready().registry.versions(name)
+    return {
+        "object": "list",
+        "data": [
+            {
+                "revision": version.revision,
+                "generation": version.generation,
+                "created": version.time,
+                "current": place == 0,
+            }
+            for place, version in enumerate(versions)
+        ],
+    }
+
+
+@router.post(
+    "/{name}/rollback",
+    openapi_extra={
+        "requestBody": {"content": {"application/json": {"schema": Rollback.model_json_schema()}}}
+    },
+)
+async def roll_back(name: str, request: Request, edge: EdgeOf) -> Response:
+    """Move the name to an earlier version, as a new revision."""
+    registry = edge.serving.ready().registry
+    if_match = _if_match(request)
+    body = await read_json(request, Rollback)
+    return _response(200, await asyncio.to_thread(registry.rollback, name, body.to, if_match))
 
 
 async def _put(name: str, request: Request, edge: Edge) -> Response:

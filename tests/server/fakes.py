@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters.errors import AdapterError, Finding
-from adapters.records import check_name
+from adapters.records import Version, check_name
 from adapters.registry import Entry, Put, Reference
 from server.config import Settings
 from server.engine.sequence import EngineStats, Finished, Token
@@ -172,6 +172,17 @@ class FakeRegistry:
         created = self.names.get(name) != generation
         self.names[name] = generation
         return Put(self.entry(name), created)
+
+    def versions(self, name):
+        return [Version(3, self.entry(name).generation, 300), Version(1, "a" * 64, 100)]
+
+    def rollback(self, name, to, if_match=None):
+        self._match(name, if_match)
+        found = [version for version in self.versions(name) if to in (version.revision, version.generation)]
+        if not found:
+            raise AdapterError("adapter_not_found", f"adapter {name} has no version {to}")
+        self.names[name] = found[0].generation
+        return self.entry(name)
 
     def delete(self, name, if_match=None):
         self.entry(name)

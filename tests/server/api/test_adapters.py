@@ -108,6 +108,41 @@ def test_listing_and_removal(client, world):
         assert (response.status_code, error(response)["code"]) == (404, "adapter_not_found")
 
 
+def test_versions(client):
+    body = client("GET", "/v1/adapters/legal/versions").json()
+    assert body["object"] == "list"
+    assert body["data"] == [
+        {"revision": 3, "generation": "1" * 64, "created": 300, "current": True},
+        {"revision": 1, "generation": "a" * 64, "created": 100, "current": False},
+    ]
+    response = client("GET", "/v1/adapters/nobody/versions")
+    assert (response.status_code, error(response)["code"]) == (404, "adapter_not_found")
+
+
+def roll_back(client, name="legal", headers=None, **body):
+    return client("POST", f"/v1/adapters/{name}/rollback", json=body, headers=headers)
+
+
+@pytest.mark.parametrize("to", [1, "a" * 64])
+def test_a_rollback(client, to):
+    response = roll_back(client, to=to, headers={"if-match": '"' + "1" * 64 + '"'})
+    assert (response.status_code, response.json()["generation"]) == (200, "a" * 64)
+    assert response.headers["etag"] == '"' + "a" * 64 + '"'
+    assert client.complete(adapter="legal").json()["adapter_generation"] == "a" * 64
+
+
+def test_a_rollback_that_cannot_be(client, world):
+    for body in ({}, {"to": 0}, {"to": True}, {"to": None}, {"to": ""}, {"to": 1.5}):
+        response = roll_back(client, **body)
+        assert (response.status_code, error(response)["param"]) == (400, "to")
+    for name, to in (("nobody", 1), ("legal", 2), ("legal", "b" * 64)):
+        response = roll_back(client, name, to=to)
+        assert (response.status_code, error(response)["code"]) == (404, "adapter_not_found")
+    response = roll_back(client, to=1, headers={"if-match": '"' + "0" * 64 + '"'})
+    assert (response.status_code, error(response)["code"]) == (412, "precondition_failed")
+    assert world.registry.names["legal"] == "1" * 64
+
+
 def test_models(client, world):
     world.registry.names["odd"] = "3" * 64
     body = client("GET", "/v1/models").json()
