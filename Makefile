@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 CPU_TORCH = torch==2.13.0+cpu
 
-.PHONY: help install demo test check smoke load gpu-check clean
+.PHONY: help install demo test check smoke load bench-cpu gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,10 @@ smoke: install  ## a server on a free port, three adapters at once, uploads, met
 
 load: install  ## 8 streams over 4 adapters: tokens/s, percentiles, every text as when alone; to loadtests/results
 	@$(BIN)/python -m loadtests.load
+
+bench-cpu: install  ## this CPU's speed against bitsandbytes and peft, a figure a line (QUICK=1: fewer rounds)
+	@$(BIN)/pip install --quiet --editable ".[dev,bench]" --constraint constraints.txt
+	@$(BIN)/python -m tests.bench.cpu $(if $(QUICK),--quick)
 
 gpu-check:  ## on a machine with an NVIDIA GPU: the same engine on CUDA against its references
 	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest tests/gpu --require-cuda

@@ -1,0 +1,138 @@
+"""Who is timed: our engine without HTTP, and transformers + peft. Each gives seconds per decode step and per prefill.
+
+A decode step's time is the median over the steps in which every sequence of the batch decodes. Knows no bounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+from server.config import LoraModule, Settings
+from server.engine.sequence import Sampling, Submit, Token
+from server.serving import Serving
+from server.startup import load
+from tests.bench.random_llama import Checkpoint
+
+PROMPT = 32  # tokens before the steps that are timed
+PREFILL = 256
+
+
+class Ours:
+    """The engine as `loraplex serve` builds it, asked in process."""
+
+    def __init__(self, checkpoint: Checkpoint, work: Path, adapters: int, **settings: Any) -> None:
+        modules = tuple(LoraModule(path.name, path) for path in checkpoint.adapters[:adapters])
+        serving = Serving()
+        load(
+            Settings(
+                model=str(checkpoint.base),
+                adapter_store=work / "store",
+                quantized_cache=checkpoint.base.parent / "quantized",
+                lora_modules=modules,
+                kv_cache_memory_bytes=1 << 30,
+                **settings,
+            ),
+            serving,
+        )
+        assert serving.served is not None
+        self._served = serving.served
+        self._vocabulary = checkpoint.shape.vocabulary
+        self._generations = [self._served.registry.entry(module.name).generation for module in modules]
+        self._ids = itertools.count()
+        self._draw = np.random.default_rng(0)
+
+    def decode(self, adapters: Sequence[int | None], steps: int) -> float:
+        """Seconds per step of a batch with these adapters, by number; None is the base alone."""
+        return asyncio.run(self._decode(adapters, steps))
+
+    def prefill(self, tokens: int = PREFILL) -> float:
+        """Seconds from a prompt that was never seen to its first token, on the base alone."""
+        began = time.perf_counter()
+        asyncio.run(self._arrivals(None, tokens, 1))
+        return time.perf_counter() - began
+
+    def tokens_per_s(self, adapters: Sequence[int | None], tokens: int) -> float:
+        """Tokens of all sequences over the time from the first's submission to the last's end."""
+
+        async def together() -> None:
+            await asyncio.gather(*(self._arrivals(adapter, PROMPT, tokens) for adapter in adapters))
+
+        began = time.perf_counter()
+        asyncio.run(together())
+        return len(adapters) * tokens / (time.perf_counter() - began)
+
+    def close(self) -> None:
+        self._served.engine.stop()
+        self._served.loader.close()
+        self._served.registry.store.close()
+
+    async def _decode(self, adapters: Sequence[int | None], steps: int) -> float:
+        runs = await asyncio.gather(*(self._arrivals(adapter, PROMPT, steps) for adapter in adapters))
+        all_begun = max(arrivals[0] for arrivals in runs)
+        whole = [moment for moment in runs[0] if moment >= all_begun]
+        return statistics.median(np.diff(whole))
+
+    async def _arrivals(self, adapter: int | None, prompt: int, tokens: int) -> list[float]:
+        """When each token of one sequence came."""
+        ids = tuple(int(id) for id in self._draw.integers(3, self._vocabulary, prompt))
+        generation = None if adapter is None else self._generations[adapter]
+        submit = Submit(f"bench-{next(self._ids)}", ids, Sampling(tokens, temperature=0), generation)
+        async with aclosing(self._served.engine.stream(submit)) as events:
+            return [time.perf_counter() async for event in events if isinstance(event, Token)]
+
+
+class _Clock(StoppingCriteria):
+    """Notes when each step of `generate` ended; stops nothing."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.Tensor:
+        self.moments.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class Peft:
+    """transformers' `generate` over a bitsandbytes NF4 base, one adapter per row of the batch."""
+
+    def __init__(self, checkpoint: Checkpoint, adapters: int, dtype: torch.dtype) -> None:
+        quantized = next((checkpoint.base.parent / "quantized").iterdir())
+        base = AutoModelForCausalLM.from_pretrained(quantized, dtype=dtype)
+        for parameter in base.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        self._model: Any = PeftModel.from_pretrained(base, str(checkpoint.adapters[0]), adapter_name="0")
+        for number in range(1, adapters):
+            self._model.load_adapter(str(checkpoint.adapters[number]), adapter_name=str(number))
+        self._model.eval()
+        self._vocabulary = checkpoint.shape.vocabulary
+        self._draw = torch.Generator().manual_seed(0)
+
+    @torch.inference_mode()
+    def decode(self, adapters: Sequence[int], steps: int) -> float:
+        """Seconds per step of a batch with these adapters, by number."""
+        clock = _Clock()
+        ids = torch.randint(3, self._vocabulary, (len(adapters), PROMPT), generator=self._draw)
+        self._model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            adapter_names=[str(adapter) for adapter in adapters],
+            max_new_tokens=steps,
+            min_new_tokens=steps,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )
+        return statistics.median(np.diff(clock.moments))
