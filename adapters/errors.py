@@ -13,8 +13,9 @@ AdapterCode = Literal[
     "adapter_not_found",  # no such name
     "invalid_archive",  # not a zip or tar of a peft directory, or an unsafe one
     "adapter_upload_too_large",  # the bytes received pass the upload bound
-    "invalid_adapter",  # config or tensors are wrong, or do not fit this base
+    "invalid_adapter",  # config or tensors are wrong, or do not fit this base: never stored
     "unsupported_adapter_feature",  # valid peft, but a feature we do not serve
+    "adapter_incompatible",  # stored, and this base cannot serve it
     "adapter_too_large",  # valid, but larger than the whole device pool or host cache
     "adapter_load_failed",  # a stored generation could not be read back
     "store_full",  # the disk or the store's quota is full

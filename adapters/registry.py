@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock, RLock
@@ -21,7 +21,7 @@ from adapters.errors import AdapterError, Finding
 from adapters.names import Held, Names
 from adapters.records import Version, check_name
 from adapters.references import Reference, References
-from adapters.sources import copy_folder, unpack
+from adapters.sources import copy_folder, gather, unpack
 from adapters.store import Store, hash_folder
 
 __all__ = ["Entry", "Put", "Reference", "Registry", "Version"]
@@ -83,6 +83,10 @@ class Registry:
             name, if_match, lambda into: unpack(archive, into, self._max_bytes, self.store.files)
         )
 
+    def put_parts(self, name: str, parts: Sequence[tuple[str, Path]], if_match: str | None = None) -> Put:
+        """The same for the files themselves, each with the name it was sent under."""
+        return self._put(name, if_match, lambda into: gather(parts, into, self.store.files))
+
     def put_folder(self, name: str, folder: Path, if_match: str | None = None) -> Put:
         """The same for a folder on this machine."""
         return self._put(name, if_match, lambda into: copy_folder(folder, into, self.store.files))
@@ -95,7 +99,10 @@ class Registry:
                 return self._references.hold(name, found)
         if found is None:
             raise self._names.unknown(name)
-        raise AdapterError("invalid_adapter", f"adapter {name} cannot be served", found)
+        problem = (
+            f"adapter {name} is stored, and this base cannot serve it; upload one that fits, or remove it"
+        )
+        raise AdapterError("adapter_incompatible", problem, found)
 
     def read(self, generation: str) -> Adapter:
         """The weights of a stored generation: what a Loader reads with."""
@@ -136,8 +143,8 @@ class Registry:
             if after != before:
                 facts = self._names.facts(after)
                 if facts.findings:
-                    problem = f"version {to} of adapter {name} cannot be served"
-                    raise AdapterError("invalid_adapter", problem, facts.findings)
+                    problem = f"version {to} of adapter {name} cannot be served on this base"
+                    raise AdapterError("adapter_incompatible", problem, facts.findings)
                 self._change(lambda: self._names.move(name, after, facts))
             entry = self.entry(name)
         self._tell(before)
