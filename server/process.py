@@ -52,7 +52,7 @@ def run(settings: Settings, load: Load | None = None) -> int:
         return USAGE
     with listener:
         url = _url(settings.host, listener.getsockname()[1])
-        _print_banner(settings, url)
+        print_banner(settings, url)
         life = Life(settings, url, load or _startup_load)
         with asyncio.Runner(loop_factory=life.loop_factory) as runner:
             return runner.run(life.live(listener))
@@ -194,7 +194,8 @@ def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _print_banner(settings: Settings, url: str) -> None:
+def print_banner(settings: Settings, url: str) -> None:
+    """What is about to be served, from where, and to whom."""
     lines = [
         f"loraplex {VERSION}",
         f"base        {settings.base_name} from {settings.model}",

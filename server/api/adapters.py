@@ -199,7 +199,7 @@ async def _stored(request: Request, name: str, put: Callable[[], Put]) -> Respon
     except AdapterError as error:
         if error.code != "invalid_archive":
             raise
-        cured = f"{error.message}; to send one: {_command(request, name)}"
+        cured = f"{error.message[:1000]}; to send one: {_command(request, name)}"
         raise AdapterError(error.code, cured, error.findings) from None
     entry = done.entry
     logger.info(

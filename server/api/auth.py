@@ -85,7 +85,10 @@ CHANGES = Depends(_may_change)
 def _from_this_machine(headers: Headers) -> bool:
     """Whether no browser sends it for a page of elsewhere: a form needs no leave to be sent to 127.0.0.1."""
     origin = headers.get("origin")
-    return origin is None or is_loopback(urlsplit(origin).hostname or "")
+    try:
+        return origin is None or is_loopback(urlsplit(origin).hostname or "")
+    except ValueError:
+        return False
 
 
 def _digests(keys: Iterable[SecretStr]) -> tuple[bytes, ...]:
