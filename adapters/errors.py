@@ -5,6 +5,9 @@ Knows nothing of HTTP: `server/errors.py` maps the codes to statuses in one tabl
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,3 +49,15 @@ class AdapterError(Exception):
 
     def __str__(self) -> str:
         return "\n".join([self.message, *(f"  - {finding}" for finding in self.findings)])
+
+
+@contextmanager
+def full_disk_named() -> Iterator[None]:
+    """A full disk is told to the client; other failures of the disk are the server's own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        problem = "the adapter store's disk is full, and nothing was changed; delete adapters or make room"
+        raise AdapterError("store_full", problem) from error

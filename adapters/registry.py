@@ -5,10 +5,8 @@ Knows nothing of HTTP, of host memory or of the device.
 
 from __future__ import annotations
 
-import errno
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock, RLock
 
@@ -17,7 +15,7 @@ import torch
 from adapters.adapter import Adapter, Layout
 from adapters.appraiser import Appraiser
 from adapters.entry import Entry, Facts, Put
-from adapters.errors import AdapterError, Finding
+from adapters.errors import AdapterError, Finding, full_disk_named
 from adapters.names import Held, Names
 from adapters.records import Version, check_name
 from adapters.references import Reference, References
@@ -28,18 +26,6 @@ __all__ = ["Entry", "Put", "Reference", "Registry", "Version"]
 
 DEFAULT_MAX_BYTES = 2 * 1024**3
 DEFAULT_KEEP_VERSIONS = 5
-
-
-@contextmanager
-def _full_disk_named() -> Iterator[None]:
-    """A full disk is told to the client; other failures of the disk are the server's own."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        problem = "the adapter store's disk is full, and nothing was changed; delete adapters or make room"
-        raise AdapterError("store_full", problem) from error
 
 
 class Registry:
@@ -129,7 +115,7 @@ class Registry:
         record = self._names.known(name).record
         return [record.version, *reversed(record.history)] if record else []
 
-    @_full_disk_named()
+    @full_disk_named()
     def rollback(self, name: str, to: int | str, if_match: str | None = None) -> Entry:
         """Move the name, as a new revision, to an earlier one of its history: a revision or a generation."""
         with self._writing:
@@ -150,7 +136,7 @@ class Registry:
         self._tell(before)
         return entry
 
-    @_full_disk_named()
+    @full_disk_named()
     def delete(self, name: str, if_match: str | None = None) -> None:
         """Remove a name. Requests that hold its generation go on."""
         with self._writing:
@@ -170,7 +156,7 @@ class Registry:
             self._references.check()
             self._names.check(self._references.held())
 
-    @_full_disk_named()
+    @full_disk_named()
     def _put(self, name: str, if_match: str | None, fetch: Callable[[Path], None]) -> Put:
         check_name(name)
         self._names.expect(name, if_match)

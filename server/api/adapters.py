@@ -67,7 +67,7 @@ class Rollback(BaseModel):
     ]
 
 
-@router.put("/{name}", dependencies=[CHANGES])
+@router.put("/{name:path}", dependencies=[CHANGES])  # a slash in a name is a wrong name, not another route
 async def put_adapter(name: str, request: Request, edge: EdgeOf) -> Response:
     """Register or replace an adapter from a zip or tar of a PEFT folder; 201, or 200 if nothing changed."""
     return await _counted(_put(name, request, edge), edge)

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.auth import OPEN, Guard
 from server.api.envelope import error_response, last_events
 from server.api.validation import first_error
-from server.errors import BodyTooLargeError, ContentTypeError, NotReadyError
+from server.errors import BodyTooLargeError, ContentTypeError, InvalidRequestError, NotReadyError
 from server.metrics import Metrics
 
 CLIENT_CLOSED = 499  # counted, never sent: the client was gone before an answer began
@@ -86,6 +86,8 @@ class Frame:
         assert task is not None, "a request is answered by a task"
         self.requests.tasks.add(task)
         try:
+            if "\n" in scope["path"]:  # a route's pattern would match without it, and so another name
+                raise InvalidRequestError("the path holds a line's end (%0A)")
             if self.guard.closed and scope["path"] not in OPEN:
                 self.guard.admit(Headers(scope=scope))
             await self.app(scope, receive, send_named)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import errno
 import hashlib
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, full_disk_named
 from server.api.asgi import announced_length
 from server.api.multipart import FormReader, Part
 from server.errors import InvalidRequestError
@@ -116,6 +115,7 @@ class _Body:
 class _File:
     """A file that is written in large pieces, on threads."""
 
+    @full_disk_named()
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: FileIO = path.open("wb", buffering=0)
@@ -133,15 +133,11 @@ class _File:
     def close(self) -> None:
         self._file.close()
 
+    @full_disk_named()
     def _write(self, data: bytearray) -> None:
         rest = memoryview(data)
-        try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise AdapterError("store_full", "the disk is full; remove adapters or enlarge it") from error
-            raise
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
 
 class _Taker:
@@ -213,7 +209,8 @@ class _Taker:
 
 @asynccontextmanager
 async def _folder(store: Store) -> AsyncGenerator[Path, None]:
-    folder = await asyncio.to_thread(store.incoming)
+    with full_disk_named():
+        folder = await asyncio.to_thread(store.incoming)
     try:
         yield folder
     finally:
