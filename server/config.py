@@ -245,6 +245,11 @@ def _from_file(path: Path | None) -> Iterator[tuple[str, str, object]]:
         return
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:  # its own words quote the file, which may hold a key
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise SettingsError(
+            f"--config {path}: cannot be read as YAML: line {line}: {error.problem}"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise SettingsError(f"--config {path}: cannot be read as YAML: {reason}") from None

@@ -216,7 +216,7 @@ def _command(request: Request, name: str) -> str:
     key = '-H "Authorization: Bearer $KEY" ' if "authorization" in request.headers else ""
     return (
         "zip adapter.zip adapter_config.json adapter_model.safetensors && "
-        f"curl {key}-T adapter.zip {request.url.scheme}://{host}/v1/adapters/{name}"
+        f"curl {key}-T adapter.zip {request.url.scheme}://{host}{request.scope.get('root_path', '')}/v1/adapters/{name}"
     )
 
 

@@ -88,7 +88,7 @@ class Frame:
         try:
             if "\n" in scope["path"]:  # a route's pattern would match without it, and so another name
                 raise InvalidRequestError("the path holds a line's end (%0A)")
-            if self.guard.closed and scope["path"] not in OPEN:
+            if self.guard.closed and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
                 self.guard.admit(Headers(scope=scope))
             await self.app(scope, receive, send_named)
         except (ClientGoneError, ClientDisconnect):

@@ -37,7 +37,7 @@ def get_model(id: str, edge: EdgeOf) -> dict[str, Any]:
 def delete_model(id: str, edge: EdgeOf) -> dict[str, Any]:
     """Remove an adapter, as OpenAI's clients delete a fine-tuned model."""
     served, name = edge.serving.ready(), _named(edge, id)
-    if name == served.name:
+    if name in edge.base_names(served):
         raise InvalidRequestError("the base model cannot be removed; name an adapter", param="model")
     try:
         served.registry.delete(name)

@@ -102,6 +102,12 @@ def test_keys_that_cannot_be_are_not_repeated(flags, words):
     assert "12345" not in line
 
 
+def test_a_broken_file_is_not_quoted(file):
+    with pytest.raises(SettingsError, match="line 3: ") as caught:
+        load_settings({"model": "m"}, file("port: 1\napi-key: [hush\nx: 1\n"))
+    assert "hush" not in str(caught.value)
+
+
 def test_keys_are_shown_nowhere():
     settings = load_settings({"model": "m", "api_key": "hush", "admin_api_key": "psst"})
     for text in (repr(settings), str(settings), str(settings.model_dump()), settings.model_dump_json()):
