@@ -5,6 +5,9 @@ Knows nothing of HTTP: `server/errors.py` maps the codes to statuses in one tabl
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,8 +16,9 @@ AdapterCode = Literal[
     "adapter_not_found",  # no such name
     "invalid_archive",  # not a zip or tar of a peft directory, or an unsafe one
     "adapter_upload_too_large",  # the bytes received pass the upload bound
-    "invalid_adapter",  # config or tensors are wrong, or do not fit this base
+    "invalid_adapter",  # config or tensors are wrong, or do not fit this base: never stored
     "unsupported_adapter_feature",  # valid peft, but a feature we do not serve
+    "adapter_incompatible",  # stored, and this base cannot serve it
     "adapter_too_large",  # valid, but larger than the whole device pool or host cache
     "adapter_load_failed",  # a stored generation could not be read back
     "store_full",  # the disk or the store's quota is full
@@ -45,3 +49,15 @@ class AdapterError(Exception):
 
     def __str__(self) -> str:
         return "\n".join([self.message, *(f"  - {finding}" for finding in self.findings)])
+
+
+@contextmanager
+def full_disk_named() -> Iterator[None]:
+    """A full disk is told to the client; other failures of the disk are the server's own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        problem = "the adapter store's disk is full, and nothing was changed; delete adapters or make room"
+        raise AdapterError("store_full", problem) from error

@@ -5,10 +5,8 @@ Knows nothing of HTTP, of host memory or of the device.
 
 from __future__ import annotations
 
-import errno
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock, RLock
 
@@ -17,29 +15,17 @@ import torch
 from adapters.adapter import Adapter, Layout
 from adapters.appraiser import Appraiser
 from adapters.entry import Entry, Facts, Put
-from adapters.errors import AdapterError, Finding
+from adapters.errors import AdapterError, Finding, full_disk_named
 from adapters.names import Held, Names
 from adapters.records import Version, check_name
 from adapters.references import Reference, References
-from adapters.sources import copy_folder, unpack
+from adapters.sources import copy_folder, gather, unpack
 from adapters.store import Store, hash_folder
 
 __all__ = ["Entry", "Put", "Reference", "Registry", "Version"]
 
 DEFAULT_MAX_BYTES = 2 * 1024**3
 DEFAULT_KEEP_VERSIONS = 5
-
-
-@contextmanager
-def _full_disk_named() -> Iterator[None]:
-    """A full disk is told to the client; other failures of the disk are the server's own."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        problem = "the adapter store's disk is full, and nothing was changed; delete adapters or make room"
-        raise AdapterError("store_full", problem) from error
 
 
 class Registry:
@@ -83,6 +69,10 @@ class Registry:
             name, if_match, lambda into: unpack(archive, into, self._max_bytes, self.store.files)
         )
 
+    def put_parts(self, name: str, parts: Sequence[tuple[str, Path]], if_match: str | None = None) -> Put:
+        """The same for the files themselves, each with the name it was sent under."""
+        return self._put(name, if_match, lambda into: gather(parts, into, self.store.files))
+
     def put_folder(self, name: str, folder: Path, if_match: str | None = None) -> Put:
         """The same for a folder on this machine."""
         return self._put(name, if_match, lambda into: copy_folder(folder, into, self.store.files))
@@ -95,7 +85,10 @@ class Registry:
                 return self._references.hold(name, found)
         if found is None:
             raise self._names.unknown(name)
-        raise AdapterError("invalid_adapter", f"adapter {name} cannot be served", found)
+        problem = (
+            f"adapter {name} is stored, and this base cannot serve it; upload one that fits, or remove it"
+        )
+        raise AdapterError("adapter_incompatible", problem, found)
 
     def read(self, generation: str) -> Adapter:
         """The weights of a stored generation: what a Loader reads with."""
@@ -122,7 +115,7 @@ class Registry:
         record = self._names.known(name).record
         return [record.version, *reversed(record.history)] if record else []
 
-    @_full_disk_named()
+    @full_disk_named()
     def rollback(self, name: str, to: int | str, if_match: str | None = None) -> Entry:
         """Move the name, as a new revision, to an earlier one of its history: a revision or a generation."""
         with self._writing:
@@ -136,14 +129,14 @@ class Registry:
             if after != before:
                 facts = self._names.facts(after)
                 if facts.findings:
-                    problem = f"version {to} of adapter {name} cannot be served"
-                    raise AdapterError("invalid_adapter", problem, facts.findings)
+                    problem = f"version {to} of adapter {name} cannot be served on this base"
+                    raise AdapterError("adapter_incompatible", problem, facts.findings)
                 self._change(lambda: self._names.move(name, after, facts))
             entry = self.entry(name)
         self._tell(before)
         return entry
 
-    @_full_disk_named()
+    @full_disk_named()
     def delete(self, name: str, if_match: str | None = None) -> None:
         """Remove a name. Requests that hold its generation go on."""
         with self._writing:
@@ -163,7 +156,7 @@ class Registry:
             self._references.check()
             self._names.check(self._references.held())
 
-    @_full_disk_named()
+    @full_disk_named()
     def _put(self, name: str, if_match: str | None, fetch: Callable[[Path], None]) -> Put:
         check_name(name)
         self._names.expect(name, if_match)

@@ -10,8 +10,10 @@ import gzip
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from adapters.archives import CHUNK, Budget, Entry, tar_entries, zip_entries
 from adapters.errors import AdapterError
@@ -21,10 +23,6 @@ from adapters.tensor_file import CONVERTER, looks_like_pickle, looks_like_safete
 
 ENTRIES = 64
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-CURE = (
-    "send both files in one archive: zip adapter.zip adapter_config.json adapter_model.safetensors && "
-    "curl -T adapter.zip http://HOST:PORT/v1/adapters/NAME"
-)
 
 # What the standard readers raise on damaged input.
 DAMAGE = (
@@ -49,10 +47,21 @@ def unpack(archive: Path, into: Path, max_bytes: int, files: FileOps | None = No
                 entries = tar_entries(file, budget)
             else:
                 raise _invalid(_what_else(head))
-            _take(entries, into, files or FileOps())
+            _take(entries, into, files or FileOps(), "the archive")
         except DAMAGE as error:
             problem = f"the archive is damaged or cut short: {type(error).__name__}: {error}"
             raise _invalid(f"{problem}; make it and send it again") from error
+
+
+def gather(parts: Iterable[tuple[str, Path]], into: Path, files: FileOps | None = None) -> None:
+    """Write the two files among `parts`, each a name that somebody sent and where its bytes are, into `into`."""
+    with ExitStack() as opened:
+
+        def opener(path: Path) -> Callable[[], IO[bytes]]:
+            return lambda: opened.enter_context(path.open("rb"))
+
+        entries = (Entry(name, "file", opener(path)) for name, path in parts)
+        _take(entries, into, files or FileOps(), "the form")
 
 
 def copy_folder(folder: Path, into: Path, files: FileOps | None = None) -> None:
@@ -62,37 +71,38 @@ def copy_folder(folder: Path, into: Path, files: FileOps | None = None) -> None:
         raise AdapterError("invalid_adapter", f"{folder} is not a folder, or it is empty")
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
-        raise AdapterError("invalid_adapter", f"{folder} holds {_without(missing, present)}")
+        problem = (
+            f"{folder} holds {_without(missing, present)}; name a folder that peft's save_pretrained wrote"
+        )
+        raise AdapterError("invalid_adapter", problem)
     for name in FILES:
         (files or FileOps()).copy(folder / name, into / name)
 
 
-def _take(entries: Iterable[Entry], into: Path, files: FileOps) -> None:
-    """Check every entry, and write the two that are wanted."""
+def _take(entries: Iterable[Entry], into: Path, files: FileOps, whole: str) -> None:
+    """Check every entry, and write the two that are wanted; `whole` is what they are entries of."""
     taken: dict[str, PurePosixPath] = {}
     present: list[str] = []
     for entry in entries:
         path = _safe_path(entry)
         present.append(entry.name)
         if len(present) > ENTRIES:
-            raise _invalid(f"the archive has more than {ENTRIES} entries; {CURE}")
+            raise _invalid(f"{whole} has more than {ENTRIES} entries")
         name = path.name.lower()
         if entry.kind == "folder" or name not in FILES:
             continue
         if name in taken:
             raise _invalid(
-                f"the archive holds {name} twice, as {_shown(taken[name])} and as {_shown(path)}; send one"
+                f"{whole} holds {name} twice, as {_shown(taken[name])} and as {_shown(path)}; send one"
             )
         taken[name] = path
         files.write(into / name, _chunks(entry))
     missing = [name for name in FILES if name not in taken]
     if missing:
-        raise _invalid(f"the archive holds {_without(missing, present)}")
+        raise _invalid(f"{whole} holds {_without(missing, present)}")
     config, tensors = (taken[name] for name in FILES)
     if config.parent != tensors.parent:
-        raise _invalid(
-            f"the two files are in different folders, {_shown(config)} and {_shown(tensors)}; {CURE}"
-        )
+        raise _invalid(f"the two files are in different folders, {_shown(config)} and {_shown(tensors)}")
 
 
 def _chunks(entry: Entry) -> Iterator[bytes]:
@@ -126,7 +136,7 @@ def _without(missing: list[str], present: list[str]) -> str:
     said = f"no {' and no '.join(missing)}, but {', '.join(map(repr, present[:5])) or 'nothing'}"
     said += f" and {len(present) - 5} more" if len(present) > 5 else ""
     if "adapter_model.safetensors" not in missing:
-        return f"{said}; {CURE}"
+        return said
     if (
         any(name.startswith("adapter_model") and name.endswith(PICKLES) for name in names)
         or "data.pkl" in names
@@ -134,28 +144,28 @@ def _without(missing: list[str], present: list[str]) -> str:
         return f"{said}; a PyTorch pickle is never loaded: {CONVERTER}"
     if "adapters.safetensors" in names:
         return f"{said}; adapters.safetensors is written by mlx-lm: convert it to peft's format"
-    return f"{said}; {CURE}"
+    return said
 
 
 def _what_else(head: bytes) -> str:
     """A file that is no archive, by its first bytes."""
     if looks_like_safetensors(head):
-        return f"this is a bare .safetensors file, and its adapter_config.json is needed too; {CURE}"
+        return "this is a bare .safetensors file, and its adapter_config.json is needed too"
     if looks_like_pickle(head):
         return f"this is a PyTorch pickle, which is never loaded: {CONVERTER}"
     known = {
         b"GGUF": "a GGUF file; send the peft adapter it was made from",
-        b"BZh": f"a bzip2 file; {CURE}",
-        b"\xfd7zXZ": f"an xz file; {CURE}",
-        b"\x28\xb5\x2f\xfd": f"a zstandard file; {CURE}",
-        b"7z\xbc\xaf": f"a 7z archive; {CURE}",
-        b"Rar!": f"a rar archive; {CURE}",
-        b"{": f"a JSON file; {CURE}",
+        b"BZh": "a bzip2 file, and not a zip, tar or tar.gz archive",
+        b"\xfd7zXZ": "an xz file, and not a zip, tar or tar.gz archive",
+        b"\x28\xb5\x2f\xfd": "a zstandard file, and not a zip, tar or tar.gz archive",
+        b"7z\xbc\xaf": "a 7z archive, and not a zip, tar or tar.gz archive",
+        b"Rar!": "a rar archive, and not a zip, tar or tar.gz archive",
+        b"{": "a JSON file, and not a zip, tar or tar.gz archive",
     }
     for magic, what in known.items():
         if head.startswith(magic):
             return f"this is {what}"
-    return f"this is {'an empty file' if not head else 'not a zip, tar or tar.gz archive'}; {CURE}"
+    return f"this is {'an empty file' if not head else 'not a zip, tar or tar.gz archive'}"
 
 
 def _invalid(message: str) -> AdapterError:

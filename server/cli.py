@@ -16,6 +16,7 @@ from server.config import CONFIG_FILE, GIB, Settings, SettingsError, flag, load_
 from server.version import VERSION
 
 USAGE = 2  # exit code for a command that cannot be carried out as typed
+REPEATED = {"lora_modules": "NAME=PATH", "api_key": "KEY", "admin_api_key": "KEY"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,8 +75,8 @@ def _kind(name: str, annotation: Any) -> Mapping[str, Any]:
         return {"nargs": "?", "metavar": "MODEL"}
     if annotation is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if name == "lora_modules":
-        return {"action": "append", "metavar": "NAME=PATH"}
+    if name in REPEATED:
+        return {"action": "append", "metavar": REPEATED[name]}
     options = [option for option in get_args(annotation) if isinstance(option, str)]
     metavar = "{" + ",".join(options) + "}" if options else name.rpartition("_")[2].upper()
     return {"metavar": metavar}

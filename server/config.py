@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 ENV_PREFIX = "LORAPLEX_"
@@ -21,6 +29,7 @@ CONFIG_FILE = "config"  # the flag that names the YAML file, and the only one th
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", start=1)}
 _UNITS |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)}
+_KEY = re.compile(r"[!-+\--~]+")  # what a header can carry: printable ASCII, here without commas
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
 MIB, GIB = 1024**2, 1024**3
 
@@ -69,12 +78,42 @@ def _modules(value: object) -> object:
     return tuple(found)
 
 
+def _keys(value: object) -> tuple[SecretStr, ...]:
+    """API keys from `a,b` or a list of them; a wrong one is never repeated."""
+    items = value if isinstance(value, list | tuple) else [value]
+    found: list[str] = []
+    for item in items:
+        text = item.get_secret_value() if isinstance(item, SecretStr) else item
+        parts = text.split(",") if isinstance(text, str) else [""]
+        if not all(map(_KEY.fullmatch, parts)):
+            raise PydanticCustomError("keys", "must be text of visible ASCII characters, in quotes in a file")
+        found += parts
+    return tuple(map(SecretStr, dict.fromkeys(found)))
+
+
+def _keys_in(path: Path, label: str) -> tuple[SecretStr, ...]:
+    """The keys of a file, one a line."""
+    try:
+        lines = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise PydanticCustomError(
+            "keys",
+            "{label} {path}: cannot be read: {reason}",
+            {"label": label, "path": str(path), "reason": reason},
+        ) from None
+    if not lines:
+        raise PydanticCustomError("keys", "{label} {path}: holds no key", {"label": label, "path": str(path)})
+    return _keys(lines)
+
+
 def _quantization(value: object) -> object:
     return "nf4" if value == "bitsandbytes" else value
 
 
 Positive = Annotated[int, Field(ge=1)]
 ByteSize = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
+Keys = Annotated[tuple[SecretStr, ...], BeforeValidator(_keys)]
 
 
 class Settings(BaseModel):
@@ -86,6 +125,12 @@ class Settings(BaseModel):
     served_model_name: str | None = Field(None, description="the name clients use for the base")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    api_key: Keys = Field((), description="a key that clients must send; may be repeated")
+    api_key_file: Path | None = Field(None, description="file of such keys, one a line")
+    admin_api_key: Keys = Field(
+        (), description="a key that may change adapters, and all else; may be repeated"
+    )
+    admin_api_key_file: Path | None = Field(None, description="file of such keys, one a line")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="type of activations and KV")
     quantization: Annotated[Literal["nf4", "int8", "none"], BeforeValidator(_quantization)] = Field(
@@ -132,6 +177,24 @@ class Settings(BaseModel):
         30, ge=0, allow_inf_nan=False, description="seconds in which running requests may end after SIGTERM"
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the base model")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_of_files(cls, given: dict[str, object]) -> dict[str, object]:
+        """Read the files of keys, so that the rest of the process need not know of them."""
+        read = {
+            name: (*_keys(given.get(name, ())), *_keys_in(Path(str(path)), flag(f"{name}_file")))
+            for name in ("api_key", "admin_api_key")
+            if (path := given.get(f"{name}_file"))
+        }
+        return given | read
+
+    @model_validator(mode="after")
+    def _keys_differ(self) -> Self:
+        if set(self.api_key) & set(self.admin_api_key):
+            problem = "--admin-api-key must differ from every --api-key, or all clients could change adapters"
+            raise PydanticCustomError("keys", problem)
+        return self
 
     @model_validator(mode="after")
     def _chunk_fits_step(self) -> Self:
@@ -182,6 +245,11 @@ def _from_file(path: Path | None) -> Iterator[tuple[str, str, object]]:
         return
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:  # its own words quote the file, which may hold a key
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise SettingsError(
+            f"--config {path}: cannot be read as YAML: line {line}: {error.problem}"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise SettingsError(f"--config {path}: cannot be read as YAML: {reason}") from None
@@ -213,7 +281,7 @@ def _line(detail: ErrorDetails, labels: Mapping[str, str]) -> str:
     if detail["type"] == "missing":
         return f"{label} is missing; name the base model, for example `loraplex serve ./my-base`"
     message = detail["msg"].replace("Input should be", "must be")
-    got = "" if detail["type"] == "modules" else f", got {str(detail['input'])[:80]!r}"
+    got = "" if detail["type"] in ("modules", "keys") else f", got {str(detail['input'])[:80]!r}"
     return f"{label}: {message[:1].lower()}{message[1:]}{got}"
 
 

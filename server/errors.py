@@ -4,6 +4,8 @@
     ├── InvalidRequestError           400 invalid_value          a field is wrong: `param` names it
     │   ├── UnsupportedParameterError 400 unsupported_parameter
     │   └── ContextLengthError        400 context_length_exceeded
+    ├── KeyRequiredError              401 invalid_api_key        no key, or one that nobody has
+    ├── ScopeError                    403 insufficient_scope     this key, or this server, does not allow it
     ├── ModelNotFoundError            404 model_not_found
     ├── AdapterRejectedError          from `ADAPTER_STATUS`      an `AdapterError` on its way out
     ├── BodyTooLargeError             413 request_too_large
@@ -29,6 +31,7 @@ ADAPTER_STATUS: Mapping[AdapterCode, int] = {
     "adapter_upload_too_large": 413,
     "invalid_adapter": 400,
     "unsupported_adapter_feature": 400,
+    "adapter_incompatible": 409,
     "adapter_too_large": 400,
     "adapter_load_failed": 500,
     "store_full": 507,
@@ -68,6 +71,18 @@ class ContextLengthError(InvalidRequestError):
     code = "context_length_exceeded"
 
 
+class KeyRequiredError(LoraplexError):
+    """The request carries no key that this server knows."""
+
+    http_status, type, code = 401, "invalid_request_error", "invalid_api_key"
+
+
+class ScopeError(LoraplexError):
+    """Whoever asks is not allowed to change what they want to change."""
+
+    http_status, type, code = 403, "permission_error", "insufficient_scope"
+
+
 class ModelNotFoundError(LoraplexError):
     """`model` names neither the base nor an adapter."""
 
@@ -80,7 +95,7 @@ class AdapterRejectedError(LoraplexError):
     def __init__(self, error: AdapterError, *, param: str | None = None) -> None:
         super().__init__(error.message, param=param)
         self.http_status = ADAPTER_STATUS[error.code]
-        self.type = "server_error" if self.http_status >= 500 else "invalid_request_error"
+        self.type = _type_of(self.http_status)
         self.code = error.code
         self.details = error.findings
 
@@ -113,6 +128,12 @@ class EngineDeadError(LoraplexError):
     """The engine stopped on an error it could not contain."""
 
     http_status, type, code = 503, "service_unavailable", "engine_dead"
+
+
+def _type_of(status: int) -> str:
+    if status == 409:
+        return "conflict_error"
+    return "server_error" if status >= 500 else "invalid_request_error"
 
 
 class UnsupportedModelError(Exception):

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 import uvicorn
 
 from server.api.app import create_app
+from server.api.asgi import OpenRequests
+from server.api.auth import is_loopback
 from server.config import Settings
 from server.serving import Serving
 from server.version import VERSION
@@ -29,6 +31,7 @@ Load = Callable[[Settings, Serving], None]
 FAILED, USAGE = 1, 2
 TICK = 0.05  # seconds between looks at the load, the engine and the drain
 STOP_SECONDS = 10.0  # for the engine to leave after its last sequence
+LAST_WORDS_SECONDS = 1.0  # for open streams to say why they end, after a second signal
 
 
 class _Server(uvicorn.Server):
@@ -49,7 +52,7 @@ def run(settings: Settings, load: Load | None = None) -> int:
         return USAGE
     with listener:
         url = _url(settings.host, listener.getsockname()[1])
-        _print_banner(settings, url)
+        print_banner(settings, url)
         life = Life(settings, url, load or _startup_load)
         with asyncio.Runner(loop_factory=life.loop_factory) as runner:
             return runner.run(life.live(listener))
@@ -63,8 +66,10 @@ class Life:
         self._url = url
         self._load = load
         self._serving = Serving()
+        app = create_app(settings, self._serving)
+        self._requests: OpenRequests = app.state.requests
         config = uvicorn.Config(
-            create_app(settings, self._serving),
+            app,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -74,6 +79,7 @@ class Life:
         self._server = _Server(config)
         self.loop_factory = config.get_loop_factory()
         self._drains: asyncio.Task[None] | None = None  # set by the first signal
+        self._ends: asyncio.Task[None] | None = None  # by the second
         self._exit_code = 0
 
     async def live(self, listener: socket.socket) -> int:
@@ -128,25 +134,34 @@ class Life:
         self._server.should_exit = True
 
     def _on_signal(self, number: int) -> None:
-        """The first signal drains, the second ends at once."""
+        """The first signal drains, the second ends at once, with a word on every stream, a third without."""
+        if self._ends is not None:
+            os._exit(128 + number)
         if self._drains is not None:
             print("stopped at once by a second signal", file=sys.stderr, flush=True)
-            os._exit(128 + number)
+            self._ends = asyncio.get_running_loop().create_task(self._end(128 + number))
+            return
         self._serving.phase = "draining"
         print(f"finishing running requests for up to {self._settings.shutdown_timeout:g} s", flush=True)
         self._server.should_exit = True
         self._drains = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
-        """Let sequences end; when the time is over, the engine ends them with an error that clients see."""
+        """Let sequences end; when the time is over, whatever is still open ends with an error that clients see."""
         deadline = time.monotonic() + self._settings.shutdown_timeout
         while (served := self._serving.served) is not None and time.monotonic() < deadline:
             await asyncio.sleep(TICK)
             stats = served.engine.stats()
             if stats.running + stats.waiting == 0:
                 return
-        if served is not None:
-            await asyncio.to_thread(served.engine.stop, STOP_SECONDS)
+        await self._requests.end(LAST_WORDS_SECONDS)
+
+    async def _end(self, code: int) -> None:
+        """Leave within a moment: a step of the engine, an upload and a slow reader are not waited for."""
+        try:
+            await self._requests.end(LAST_WORDS_SECONDS)
+        finally:
+            os._exit(code)
 
     async def _close(self) -> None:
         """End what the load has started; nobody is being served any more."""
@@ -179,18 +194,31 @@ def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _print_banner(settings: Settings, url: str) -> None:
+def print_banner(settings: Settings, url: str) -> None:
+    """What is about to be served, from where, and to whom."""
     lines = [
         f"loraplex {VERSION}",
         f"base        {settings.base_name} from {settings.model}",
         f"store       {settings.store_folder}",
+        f"keys        {_who_may(settings)}",
         f"listening   {url} (loading)",
     ]
-    if settings.host not in ("127.0.0.1", "::1", "localhost"):
+    if not settings.api_key and not is_loopback(settings.host):
         lines.append(
-            "warning     anyone who reaches this address may upload and remove adapters: no keys are set"
+            "warning     anyone who reaches this address may use the model; --api-key asks for a key"
         )
     print("\n".join(lines), flush=True)
+
+
+def _who_may(settings: Settings) -> str:
+    """What the keys, or their absence, allow."""
+    asking = "an API key is required" if settings.api_key else "no API key is required"
+    if settings.admin_api_key:
+        return f"{asking}; adapters are changed with an admin key"
+    if not is_loopback(settings.host):
+        return f"{asking}; adapters cannot be changed over HTTP (403) unless --admin-api-key is set"
+    changing = "with any API key" if settings.api_key else "by anyone on this machine"
+    return f"{asking}; adapters are changed {changing}"
 
 
 def _reason(error: Exception) -> str:

@@ -17,6 +17,7 @@ from server.errors import EngineDeadError, NotReadyError
 if TYPE_CHECKING:
     from adapters.loader import Loader
     from adapters.registry import Registry
+    from server.api.auth import Guard
     from server.config import Settings
     from server.engine.engine import Engine
     from server.metrics import Metrics
@@ -86,6 +87,7 @@ class Edge:
     settings: Settings
     serving: Serving
     metrics: Metrics
+    guard: Guard
     checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CHECKED_AT_ONCE))
 
     def base_names(self, served: Served) -> frozenset[str]:

@@ -72,6 +72,8 @@ def _takes(name: str, schema: Mapping[str, Any]) -> str:
         return "size"
     if name == "lora_modules":
         return "name=path"
+    if name.endswith("api_key"):
+        return "key"
     if "enum" in shape:
         return ", ".join(f"`{value}`" for value in shape["enum"])
     kind = {"boolean": "true or false", "string": shape.get("format", "text")}.get(

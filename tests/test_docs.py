@@ -4,11 +4,12 @@ import re
 
 import pytest
 
+from adapters.errors import AdapterError
 from server.api.app import create_app
 from server.api.envelope import CODES
 from server.api.schemas.generation import ChatRequest, CompletionRequest
 from server.config import Settings
-from server.errors import ADAPTER_STATUS, LoraplexError
+from server.errors import ADAPTER_STATUS, AdapterRejectedError, LoraplexError
 from server.serving import Serving
 from tests.generate_docs import DOCS, GENERATED, renewed
 
@@ -28,7 +29,7 @@ def test_tables_are_fresh(name):
 def test_every_error_is_in_the_table_and_no_other():
     errors = {(kind.http_status, kind.code, kind.type) for kind in kinds(LoraplexError)}
     for code, status in ADAPTER_STATUS.items():
-        errors.add((status, code, "server_error" if status >= 500 else "invalid_request_error"))
+        errors.add((status, code, AdapterRejectedError(AdapterError(code, "")).type))
     errors |= {(status, code, "invalid_request_error") for status, code in CODES.items()}
     rows = re.findall(r"^\| (\d{3}) \| `(\w+)` \| `(\w+)` \|", HTTP_API, re.MULTILINE)
     assert {(int(status), code, kind) for status, code, kind in rows} == errors

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
@@ -11,15 +14,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.errors import AdapterError
 from adapters.records import check_name
-from server.api.asgi import media_type, read_json
+from adapters.store import FILES
+from server.api.asgi import media_type, read_json, request_id_of
+from server.api.auth import CHANGES
 from server.api.envelope import as_error
 from server.api.schemas.generation import described
-from server.api.upload import received
+from server.api.upload import received, received_form
 from server.errors import ContentTypeError, InvalidRequestError
 from server.serving import Edge, EdgeOf, Served
 
 if TYPE_CHECKING:
-    from adapters.registry import Entry
+    from adapters.registry import Entry, Put
+
+logger = logging.getLogger(__name__)
 
 ARCHIVES = frozenset(
     {
@@ -36,6 +43,16 @@ ARCHIVES = frozenset(
     }
 )
 
+_HOST = re.compile(r"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9a-fA-F:]+\](:[0-9]+)?")
+_FORM = {
+    "type": "object",
+    "required": ["name", "file"],
+    "properties": {
+        "name": {"type": "string"},
+        "file": {"type": "string", "format": "binary", "description": "a zip or tar, or both files"},
+    },
+}
+
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
 
@@ -50,16 +67,20 @@ class Rollback(BaseModel):
     ]
 
 
-@router.put("/{name}")
+@router.put("/{name:path}", dependencies=[CHANGES])  # a slash in a name is a wrong name, not another route
 async def put_adapter(name: str, request: Request, edge: EdgeOf) -> Response:
     """Register or replace an adapter from a zip or tar of a PEFT folder; 201, or 200 if nothing changed."""
-    try:
-        response = await _put(name, request, edge)
-    except Exception as error:
-        edge.metrics.upload("refused", as_error(error).code)
-        raise
-    edge.metrics.upload("stored" if response.status_code == 201 else "unchanged", "")
-    return response
+    return await _counted(_put(name, request, edge), edge)
+
+
+@router.post(
+    "",
+    dependencies=[CHANGES],
+    openapi_extra={"requestBody": {"content": {"multipart/form-data": {"schema": _FORM}}}},
+)
+async def post_adapter(request: Request, edge: EdgeOf) -> Response:
+    """The same from a form: the field `name`, and `file`: the archive, or each of the folder's two files."""
+    return await _counted(_post(request, edge), edge)
 
 
 @router.get("")
@@ -78,10 +99,11 @@ def get_adapter(name: str, edge: EdgeOf) -> Response:
     return _response(200, edge.serving.ready().registry.entry(name))
 
 
-@router.delete("/{name}", status_code=204)
+@router.delete("/{name}", status_code=204, dependencies=[CHANGES])
 def delete_adapter(name: str, request: Request, edge: EdgeOf) -> Response:
     """Remove the name. Requests that run with it end as they began."""
     edge.serving.ready().registry.delete(name, if_match=_if_match(request))
+    logger.info("adapter removed name=%s request_id=%s", name, request_id_of(request))
     return Response(status_code=204)
 
 
@@ -105,6 +127,7 @@ def list_versions(name: str, edge: EdgeOf) -> dict[str, Any]:
 
 @router.post(
     "/{name}/rollback",
+    dependencies=[CHANGES],
     openapi_extra={
         "requestBody": {"content": {"application/json": {"schema": Rollback.model_json_schema()}}}
     },
@@ -114,7 +137,23 @@ async def roll_back(name: str, request: Request, edge: EdgeOf) -> Response:
     registry = edge.serving.ready().registry
     if_match = _if_match(request)
     body = await read_json(request, Rollback)
-    return _response(200, await asyncio.to_thread(registry.rollback, name, body.to, if_match))
+    entry = await asyncio.to_thread(registry.rollback, name, body.to, if_match)
+    logger.info(
+        "adapter rolled back name=%s revision=%d generation=%s request_id=%s",
+        *(name, entry.revision, entry.generation, request_id_of(request)),
+    )
+    return _response(200, entry)
+
+
+async def _counted(upload: Coroutine[Any, Any, Response], edge: Edge) -> Response:
+    """The answer to an upload, which becomes a metric."""
+    try:
+        response = await upload
+    except Exception as error:
+        edge.metrics.upload("refused", as_error(error).code)
+        raise
+    edge.metrics.upload("stored" if response.status_code == 201 else "unchanged", "")
+    return response
 
 
 async def _put(name: str, request: Request, edge: Edge) -> Response:
@@ -122,14 +161,63 @@ async def _put(name: str, request: Request, edge: Edge) -> Response:
     _check_name(name, served, edge)
     if media_type(request) not in ARCHIVES:
         raise ContentTypeError(
-            "send the zip or tar itself as the body, for example with `curl -T legal.zip`, "
-            "or with the header `Content-Type: application/octet-stream`"
+            "send the zip or tar itself as the body, for example with `curl -T legal.zip`, or with the header "
+            "`Content-Type: application/octet-stream`; a form goes to POST /v1/adapters"
         )
     if_match = _if_match(request)
-    most = edge.settings.max_upload_bytes
-    async with received(request, served.registry.store, most) as upload, edge.checking:
-        put = await asyncio.to_thread(served.registry.put_archive, name, upload.path, if_match)
-    return _response(201 if put.created else 200, put.entry)
+    registry, most = served.registry, edge.settings.max_upload_bytes
+    async with received(request, registry.store, most) as archive, edge.checking:
+        return await _stored(request, name, lambda: registry.put_archive(name, archive, if_match))
+
+
+async def _post(request: Request, edge: Edge) -> Response:
+    served = edge.serving.ready()
+    if media_type(request) != "multipart/form-data":
+        raise ContentTypeError(
+            "send a form, for example with `curl -F name=legal -F file=@legal.zip`; the archive as the body "
+            "goes to PUT /v1/adapters/legal"
+        )
+    if_match = _if_match(request)
+    registry, most = served.registry, edge.settings.max_upload_bytes
+
+    def check(name: str) -> None:
+        _check_name(name, served, edge)
+
+    async with received_form(request, registry.store, most, check) as form, edge.checking:
+        (sent_as, path), *others = form.files
+        if others or sent_as.lower() in FILES:
+            return await _stored(
+                request, form.name, lambda: registry.put_parts(form.name, form.files, if_match)
+            )
+        return await _stored(request, form.name, lambda: registry.put_archive(form.name, path, if_match))
+
+
+async def _stored(request: Request, name: str, put: Callable[[], Put]) -> Response:
+    """Check and store what was received, on a thread."""
+    try:
+        done = await asyncio.to_thread(put)
+    except AdapterError as error:
+        if error.code != "invalid_archive":
+            raise
+        cured = f"{error.message[:1000]}; to send one: {_command(request, name)}"
+        raise AdapterError(error.code, cured, error.findings) from None
+    entry = done.entry
+    logger.info(
+        "adapter stored name=%s revision=%d generation=%s changed=%s request_id=%s",
+        *(name, entry.revision, entry.generation, done.created, request_id_of(request)),
+    )
+    return _response(201 if done.created else 200, entry)
+
+
+def _command(request: Request, name: str) -> str:
+    """A line for the folder that peft wrote, which sends its two files to this server."""
+    given = request.headers.get("host", "")
+    host = given if _HOST.fullmatch(given) else "HOST:PORT"
+    key = '-H "Authorization: Bearer $KEY" ' if "authorization" in request.headers else ""
+    return (
+        "zip adapter.zip adapter_config.json adapter_model.safetensors && "
+        f"curl {key}-T adapter.zip {request.url.scheme}://{host}{request.scope.get('root_path', '')}/v1/adapters/{name}"
+    )
 
 
 def _check_name(name: str, served: Served, edge: Edge) -> None:

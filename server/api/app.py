@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from server.api import adapters, chat, completions, envelope, health, models
-from server.api.asgi import Frame
+from server.api import adapters, chat, completions, envelope, health, models, tokenize
+from server.api.asgi import Frame, OpenRequests
+from server.api.auth import Guard
 from server.config import Settings
 from server.metrics import Metrics
 from server.serving import Edge, Serving
@@ -15,10 +16,11 @@ from server.version import VERSION
 def create_app(settings: Settings, serving: Serving) -> FastAPI:
     """The HTTP app. It answers at once; what needs the model is refused until `serving` is ready."""
     app = FastAPI(title="loraplex", version=VERSION, redirect_slashes=False)
-    metrics = Metrics(serving)
-    app.state.edge = Edge(settings, serving, metrics)
-    for routes in (completions, chat, models, adapters, health):
+    metrics, guard = Metrics(serving), Guard(settings)
+    app.state.edge = Edge(settings, serving, metrics, guard)
+    app.state.requests = OpenRequests()
+    for routes in (completions, chat, models, adapters, tokenize, health):
         app.include_router(routes.router)
     envelope.install(app)
-    app.add_middleware(Frame, metrics=metrics)
+    app.add_middleware(Frame, metrics=metrics, guard=guard, requests=app.state.requests)
     return app

@@ -1,7 +1,8 @@
 """The raw ASGI side of a request: its id, its body, its client going away.
 
-`Frame` is the outermost layer of every request: it names it, counts it, and answers when everything else failed; plain
-ASGI, so that a disconnect still reaches the routes. `read_json` reads a body: its kind, its size, its shape.
+`Frame` is the outermost layer of every request: it names it, asks for its key, counts it, and answers when everything
+else failed; plain ASGI, so that a disconnect still reaches the routes. `OpenRequests` are those being answered, for a
+server that has to end them. `read_json` reads a body: its kind, its size, its shape.
 `unless_gone` is a race between a coroutine and the connection's end. Knows no route.
 """
 
@@ -19,9 +20,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.envelope import error_response
+from server.api.auth import OPEN, Guard
+from server.api.envelope import error_response, last_events
 from server.api.validation import first_error
-from server.errors import BodyTooLargeError, ContentTypeError
+from server.errors import BodyTooLargeError, ContentTypeError, InvalidRequestError, NotReadyError
 from server.metrics import Metrics
 
 CLIENT_CLOSED = 499  # counted, never sent: the client was gone before an answer began
@@ -36,12 +38,30 @@ class ClientGoneError(Exception):
     """The client closed its connection; there is nobody to answer."""
 
 
+class OpenRequests:
+    """The requests being answered, each as the task that answers it."""
+
+    def __init__(self) -> None:
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.ended = False
+
+    async def end(self, seconds: float) -> None:
+        """Cut them all short, each with an error its client sees; wait so long for the words to be written."""
+        self.ended = True
+        for task in self.tasks:
+            task.cancel()
+        if self.tasks:
+            await asyncio.wait(set(self.tasks), timeout=seconds)
+
+
 class Frame:
     """Wraps the app; one per process."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, guard: Guard, requests: OpenRequests) -> None:
         self.app = app
         self.metrics = metrics
+        self.guard = guard
+        self.requests = requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,24 +69,44 @@ class Frame:
             return
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
-        status = CLIENT_CLOSED
+        status, streaming = CLIENT_CLOSED, False
 
         async def send_named(message: Message) -> None:
-            nonlocal status
+            nonlocal status, streaming
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                streaming = headers.get("content-type", "").startswith("text/event-stream")
+            elif not message.get("more_body", False):
+                streaming = False
             await send(message)
 
+        task = asyncio.current_task()
+        assert task is not None, "a request is answered by a task"
+        self.requests.tasks.add(task)
         try:
+            if "\n" in scope["path"]:  # a route's pattern would match without it, and so another name
+                raise InvalidRequestError("the path holds a line's end (%0A)")
+            if self.guard.closed and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
+                self.guard.admit(Headers(scope=scope))
             await self.app(scope, receive, send_named)
         except (ClientGoneError, ClientDisconnect):
             pass
+        except asyncio.CancelledError:
+            if not self.requests.ended:
+                raise
+            error = NotReadyError("the server was stopped before the answer had ended; send it elsewhere")
+            if status == CLIENT_CLOSED:
+                await error_response(error)(scope, receive, send_named)
+            elif streaming:
+                await send_named({"type": "http.response.body", "body": last_events(error)})
         except Exception as error:
             if status != CLIENT_CLOSED:
                 raise
             await error_response(error)(scope, receive, send_named)
         finally:
+            self.requests.tasks.discard(task)
             self.metrics.http_request(getattr(scope.get("route"), "path", "(none)"), status)
 
 

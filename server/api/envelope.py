@@ -54,6 +54,11 @@ def error_response(error: Exception) -> Response:
     return _response(shown.http_status, envelope(shown))
 
 
+def last_events(error: Exception) -> bytes:
+    """How a stream ends that an error cuts short."""
+    return b"data: " + orjson.dumps(envelope(as_error(error))) + b"\n\ndata: [DONE]\n\n"
+
+
 def install(app: FastAPI) -> None:
     """Answer every error of `app` with an envelope; what no handler knows reaches `server/api/asgi.py`."""
 
@@ -95,6 +100,8 @@ def _response(status: int, body: dict[str, Any]) -> Response:
     headers = {}
     if status in RETRY_AFTER:
         headers["retry-after"] = RETRY_AFTER[status]
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
     if status in NO_RETRY:
         headers["x-should-retry"] = "false"
     if status == 413:

@@ -1,4 +1,4 @@
-"""/health, /ready, /version and /metrics: what supervisors, balancers and Prometheus ask. Never refused."""
+"""/health, /ready, /version and /metrics: what supervisors, balancers and Prometheus ask, without a key."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ METRICS_TYPE = (
 router = APIRouter(tags=["operations"])
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 def health(edge: EdgeOf) -> Response:
     """Whether the process is of use: 200 from the first second, 503 once only a restart helps."""
@@ -26,6 +27,7 @@ def health(edge: EdgeOf) -> Response:
     return _json(503 if dead else 200, {"status": "failed" if dead else serving.phase})
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 def ready(edge: EdgeOf) -> Response:
     """Whether requests would be served now."""

@@ -1,4 +1,4 @@
-"""GET /v1/models: the base and every adapter that is ready, as models."""
+"""/v1/models: the base and every adapter that is ready, as models; an adapter can be removed as one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 
-from server.errors import ModelNotFoundError
+from adapters.errors import AdapterError
+from server.api.auth import CHANGES
+from server.errors import InvalidRequestError, ModelNotFoundError
 from server.serving import Edge, EdgeOf, Served
 
 if TYPE_CHECKING:
@@ -24,14 +26,36 @@ def list_models(edge: EdgeOf) -> dict[str, Any]:
 @router.get("/{id:path}")
 def get_model(id: str, edge: EdgeOf) -> dict[str, Any]:
     """One model by the id it is listed under, by `base:adapter`, or the base by its path."""
-    served = edge.serving.ready()
-    base, _, adapter = id.rpartition(":")
-    wanted = adapter if base in edge.base_names(served) else id
-    wanted = served.name if wanted in edge.base_names(served) else wanted
+    wanted = _named(edge, id)
     for model in _models(edge):
         if model["id"] == wanted:
             return model
-    raise ModelNotFoundError(
+    raise _unknown(id)
+
+
+@router.delete("/{id:path}", dependencies=[CHANGES])
+def delete_model(id: str, edge: EdgeOf) -> dict[str, Any]:
+    """Remove an adapter, as OpenAI's clients delete a fine-tuned model."""
+    served, name = edge.serving.ready(), _named(edge, id)
+    if name in edge.base_names(served):
+        raise InvalidRequestError("the base model cannot be removed; name an adapter", param="model")
+    try:
+        served.registry.delete(name)
+    except AdapterError as error:
+        raise (_unknown(id) if error.code == "adapter_not_found" else error) from None
+    return {"id": name, "object": "model", "deleted": True}
+
+
+def _named(edge: Edge, id: str) -> str:
+    """The id that a model is listed under, from that, from `base:adapter`, or from the base's path."""
+    served = edge.serving.ready()
+    base, _, adapter = id.rpartition(":")
+    wanted = adapter if base in edge.base_names(served) else id
+    return served.name if wanted in edge.base_names(served) else wanted
+
+
+def _unknown(id: str) -> ModelNotFoundError:
+    return ModelNotFoundError(
         f"no model {id!r}; GET /v1/models lists the base and its adapters", param="model"
     )
 

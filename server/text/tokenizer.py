@@ -54,6 +54,16 @@ class Tokenizer:
         assert isinstance(text, str)
         return text
 
+    def decode_verbatim(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens included: what gives these ids again."""
+        text = self._backend.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def names(self, ids: Sequence[int]) -> list[str]:
+        """How the vocabulary spells each of `ids`."""
+        return [str(token) for token in self._backend.convert_ids_to_tokens(list(ids))]
+
     def detokenizer(self) -> IncrementalDetokenizer:
         """A fresh incremental decoder for one sequence."""
         return IncrementalDetokenizer(self.decode, self.special_ids, self.byte_ids)
@@ -69,14 +79,22 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None = None
     ) -> tuple[int, ...]:
-        """The ids of a conversation in the model's own chat template, ready for the assistant's turn."""
+        """The ids of a conversation in the model's own chat template, ready for the assistant's turn.
+
+        A template that does not speak of the role `developer` gets `system` in its place.
+        """
         from jinja2 import TemplateError
 
         if not self.has_chat_template:
             raise ChatTemplateError("this model has no chat template; use /v1/completions")
+        known = self.knows_role("developer")
+        turns = [
+            {**message, "role": "system"} if message["role"] == "developer" and not known else dict(message)
+            for message in messages
+        ]
         try:
             text = self._backend.apply_chat_template(
-                [dict(message) for message in messages],
+                turns,
                 tokenize=False,
                 **{"add_generation_prompt": True, **(options or {})},
             )

@@ -274,7 +274,7 @@ def test_names_that_do_not_fit_another_base_are_kept(shop):
     assert "layers.1" in str(entry.findings[0])
     with pytest.raises(AdapterError, match="is not a module that this base adapts") as caught:
         registry.resolve("legal")
-    assert code(caught) == "invalid_adapter"
+    assert code(caught) == "adapter_incompatible"
     with pytest.raises(AdapterError):
         shop.put("legal", 1)
     shop.reopen()

@@ -1,7 +1,9 @@
 """The official client, unchanged: it is understood, it gets what it expects, and its hanging up is noticed."""
 
 import asyncio
+import io
 import random
+import re
 import time
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from loadtests.archive import zipped
 from loadtests.server_process import serving
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -18,10 +21,15 @@ QUESTION = [{"role": "user", "content": "What is discharge?"}]
 
 
 @pytest.fixture(scope="module")
-def url():
+def server():
     modules = [flag for name in ADAPTERS for flag in ("--lora-modules", f"{name}={DEMO}/adapters/{name}")]
     with serving(DEMO / "base", "--served-model-name", "base", *modules) as server:
-        yield server.url
+        yield server
+
+
+@pytest.fixture
+def url(server):
+    return server.url
 
 
 @pytest.fixture
@@ -98,6 +106,56 @@ def test_models_and_adapters_are_listed(client):
     assert set(listed) == {"base", *ADAPTERS}
     assert listed["legal"].model_extra["parent"] == "base"
     assert client.models.retrieve("legal").id == "legal"
+
+
+def posted(client, file) -> dict:
+    """An upload as a form, through the client."""
+    multipart = {"headers": {"Content-Type": "multipart/form-data"}}
+    return client.post(
+        "/adapters",
+        body={"name": "support"},
+        files={"file": file},
+        cast_to=object,
+        options=multipart,
+    )
+
+
+def test_an_adapter_is_uploaded_as_a_form_and_removed_as_a_model(client, tmp_path):
+    (tmp_path / "support.zip").write_bytes(zipped(DEMO / "adapters" / "support"))
+    with (tmp_path / "support.zip").open("rb") as file:
+        assert posted(client, file)["state"] == "ready"
+    assert greedy(client, "support") != greedy(client, "base")
+    removed = client.models.delete("support")
+    assert (removed.id, removed.object, removed.deleted) == ("support", "model", True)
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("support")
+    with pytest.raises(openai.BadRequestError) as caught:
+        posted(client, io.BytesIO(b"hello"))
+    assert caught.value.code == "invalid_archive"
+
+
+def test_a_large_form_takes_no_memory(server):
+    """128 MiB arrive, are written, and turn out to be nothing; the server's peak hardly moves."""
+
+    def peak() -> int:
+        (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{server.process.pid}/status").read_text())
+        return int(line) // 1024
+
+    noise = random.Random(1).randbytes(1024 * 1024)
+    head = b'--line\r\nContent-Disposition: form-data; name="name"\r\n\r\nlarge\r\n--line\r\n'
+    head += b'Content-Disposition: form-data; name="file"; filename="large.zip"\r\n\r\n'
+
+    def body():
+        yield head
+        for _ in range(128):
+            yield noise
+        yield b"\r\n--line--\r\n"
+
+    before = peak()
+    headers = {"content-type": "multipart/form-data; boundary=line"}
+    reply = httpx.post(f"{server.url}/v1/adapters", content=body(), headers=headers, timeout=60)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_archive")
+    assert peak() - before < 24, "MiB"
 
 
 @pytest.mark.parametrize(

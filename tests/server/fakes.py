@@ -20,11 +20,12 @@ ADAPTERS = {"legal": "1" * 64, "medical": "2" * 64}
 
 @dataclass
 class FakeEngine:
-    """Replies with the ids that `reply` gives for a submit, one per `delay` seconds."""
+    """Replies with the ids that `reply` gives for a submit, one per `delay` seconds, the first after `first`."""
 
     tokenizer: Tokenizer
     reply: object = None
     delay: float = 0.0
+    first: float | None = None
     max_open: int = 100
     fail_after: int | None = None
     error: Exception = field(default_factory=lambda: RuntimeError("/secret/path exploded"))
@@ -48,7 +49,7 @@ class FakeEngine:
         reason, count = "length", 0
         try:
             for id in self.ids_for(submit)[: submit.sampling.max_tokens]:
-                await asyncio.sleep(self.delay)
+                await asyncio.sleep(self.delay if count or self.first is None else self.first)
                 if self.stopped:
                     raise QueueFullError("the engine has stopped")
                 if self.fail_after == count:
@@ -127,7 +128,9 @@ class FakeRegistry:
         self._lock = threading.Lock()
 
     def resolve(self, name, key=None):
-        self.entry(name)
+        entry = self.entry(name)
+        if entry.state == "incompatible":
+            raise AdapterError("adapter_incompatible", f"{name} does not fit", entry.findings)
         released = []
 
         def release(reference):
@@ -172,6 +175,10 @@ class FakeRegistry:
         created = self.names.get(name) != generation
         self.names[name] = generation
         return Put(self.entry(name), created)
+
+    def put_parts(self, name, parts, if_match=None):
+        self.parts = [(sent_as, path.read_bytes()) for sent_as, path in parts]
+        return self.put_archive(name, parts[0][1], if_match)
 
     def versions(self, name):
         return [Version(3, self.entry(name).generation, 300), Version(1, "a" * 64, 100)]

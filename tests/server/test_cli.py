@@ -14,6 +14,7 @@ import pytest
 
 from server.cli import build_parser
 from server.config import Settings, flag
+from server.process import print_banner
 from server.version import VERSION
 
 LIFE = """
@@ -30,7 +31,7 @@ def load(settings, serving):
     time.sleep({loading})
     world = fakes.world(Path(sys.argv[2]))
     world.engine.reply = lambda submit: world.tokenizer.encode("slow " * 4)
-    world.engine.delay = {delay}
+    world.engine.delay, world.engine.first = {delay}, {first}
     serving.plan = ("memory      a little",)
     serving.served = world.serving.served
     serving.phase = "ready"
@@ -38,7 +39,9 @@ def load(settings, serving):
         time.sleep(0.3)
         world.engine.healthy = False
 
-settings = Settings(model="m", port=int(sys.argv[1]), shutdown_timeout={timeout}, served_model_name={name!r})
+settings = Settings(
+    model="m", port=int(sys.argv[1]), shutdown_timeout={timeout}, served_model_name={name!r}, **{more!r}
+)
 sys.exit(run(settings, load))
 """
 
@@ -60,8 +63,8 @@ def start(port, tmp_path):
     """Starts a server over fakes."""
     running = []
 
-    def begin(loading=0.0, delay=0.0, timeout=5.0, name=None):
-        script = LIFE.format(loading=loading, delay=delay, timeout=timeout, name=name)
+    def begin(loading=0.0, delay=0.0, timeout=5.0, name=None, first=None, **more):
+        script = LIFE.format(loading=loading, delay=delay, timeout=timeout, name=name, first=first, more=more)
         process = subprocess.Popen(
             [sys.executable, "-c", script, str(port), str(tmp_path)],
             stdout=subprocess.PIPE,
@@ -178,32 +181,91 @@ def test_from_start_to_drained_stop(start, port):
     assert lines[-1] == "stopped"
 
 
-def test_what_does_not_end_in_time_gets_an_error(start, port):
-    process = start(delay=0.3, timeout=0.5)
+def test_what_does_not_end_in_time_gets_an_error_even_if_the_engine_hangs(start, port):
+    process = start(delay=8.0, first=0.0, timeout=0.5)
     until(port, "/ready", 200)
     with stream(port) as response:
+        began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         rest = response.read().decode()
-    assert '"error"' in rest
+    assert time.monotonic() - began < 4
+    assert '"code":"not_ready"' in rest
     assert rest.endswith("data: [DONE]\n\n")
     process.communicate(timeout=30)
     assert process.returncode == 0
 
 
-def test_a_second_signal_ends_at_once(start, port):
-    process = start(delay=5.0, timeout=60.0)
+def asked(port, **fields):
+    """A connection on which a completion was asked for."""
+    body = json.dumps({"prompt": "a", **fields}).encode()
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    kind = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    connection.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: a\r\n{kind}".encode() + body)
+    return connection
+
+
+def all_of(connection):
+    received = b""
+    while data := connection.recv(65536):
+        received += data
+    return received.decode()
+
+
+def test_a_second_signal_ends_at_once_with_a_word_to_everybody(start, port):
+    process = start(delay=8.0, first=0.0, timeout=60.0)
     until(port, "/ready", 200)
-    body = json.dumps({"prompt": "a"}).encode()
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        kind = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        connection.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: a\r\n{kind}".encode() + body)
+    with (
+        asked(port) as whole,
+        asked(port, stream=True, n=3) as several,
+        stream(port) as response,
+        socket.create_connection(("127.0.0.1", port)) as upload,
+    ):
+        upload.sendall(b"PUT /v1/adapters/a HTTP/1.1\r\nhost: a\r\ncontent-length: 1000\r\n\r\nPK")
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         assert process.poll() is None
+        began = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=5)
+        rest = response.read().decode()
+        answer, events = all_of(whole), all_of(several)
+        _, errors = process.communicate(timeout=5)
+        assert time.monotonic() - began < 3
     assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped at once" in errors
+    assert "Traceback" not in errors
+    (event,) = [json.loads(line[6:]) for line in rest.splitlines() if line.startswith("data: {")]
+    assert event["error"]["code"] == "not_ready"
+    assert rest.endswith("data: [DONE]\n\n")
+    assert answer.startswith("HTTP/1.1 503 ")
+    assert '"code":"not_ready"' in answer
+    assert '"code":"not_ready"' in events
+    assert "data: [DONE]\n\n" in events
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({}, "no API key is required; adapters are changed by anyone on this machine"),
+        ({"api_key": ["hush"]}, "an API key is required; adapters are changed with any API key"),
+        (
+            {"api_key": ["hush"], "admin_api_key": ["psst"], "host": "0.0.0.0"},
+            "an API key is required; adapters are changed with an admin key",
+        ),
+        (
+            {"host": "0.0.0.0"},
+            "no API key is required; adapters cannot be changed over HTTP (403) unless --admin",
+        ),
+    ],
+)
+def test_start_up_says_who_may_do_what_and_no_key(more, words, capsys):
+    settings = Settings(model="m", **more)
+    print_banner(settings, "http://here")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith(f"keys        {words}")]
+    warned = [line for line in lines if line.startswith("warning     anyone who reaches this address")]
+    assert bool(warned) is ("host" in more and "api_key" not in more)
+    assert not [line for line in lines if "hush" in line or "psst" in line]
 
 
 def test_a_stop_while_loading_is_at_once(start, port):

@@ -59,6 +59,62 @@ def test_adapters_to_register(file, monkeypatch):
     assert Settings(model="m", lora_modules=expected).lora_modules == expected
 
 
+def secrets(keys):
+    return [key.get_secret_value() for key in keys]
+
+
+def test_keys(file, monkeypatch, tmp_path):
+    listed = load_settings({"model": "m", "api_key": ["a", "b,c", "a"]})
+    assert secrets(listed.api_key) == ["a", "b", "c"]
+    assert secrets(load_settings({"model": "m"}, file("api-key: a")).api_key) == ["a"]
+    assert secrets(load_settings({"model": "m"}, file("api-key: [a, b]")).api_key) == ["a", "b"]
+    monkeypatch.setenv("LORAPLEX_API_KEY", "x,y")
+    monkeypatch.setenv("LORAPLEX_ADMIN_API_KEY", "z")
+    assert secrets(load_settings({"model": "m"}).api_key) == ["x", "y"]
+    assert secrets(load_settings({"model": "m"}).admin_api_key) == ["z"]
+    (tmp_path / "keys").write_text("one\n\ntwo\n")
+    given = {"model": "m", "api_key_file": str(tmp_path / "keys")}
+    assert secrets(load_settings(given).api_key) == ["x", "y", "one", "two"]
+    given = {"model": "m", "admin_api_key": ["three"], "admin_api_key_file": str(tmp_path / "keys")}
+    assert secrets(load_settings(given).admin_api_key) == ["three", "one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"api_key": [""]}, ["--api-key", "visible ASCII"]),
+        ({"api_key": "hush hush"}, ["--api-key", "visible ASCII"]),
+        ({"api_key": "hush\u00e9"}, ["--api-key", "visible ASCII"]),
+        ({"admin_api_key": ["hush,"]}, ["--admin-api-key", "visible ASCII"]),
+        ({"api_key": 12345}, ["--api-key", "in quotes"]),
+        ({"api_key": "hush", "admin_api_key": ["hush"]}, ["--admin-api-key must differ"]),
+        ({"api_key_file": "/nowhere/keys"}, ["--api-key-file /nowhere/keys", "No such file"]),
+        ({"admin_api_key_file": "/dev/null"}, ["--admin-api-key-file /dev/null", "holds no key"]),
+    ],
+)
+def test_keys_that_cannot_be_are_not_repeated(flags, words):
+    with pytest.raises(SettingsError) as caught:
+        load_settings({"model": "m", **flags})
+    line = str(caught.value)
+    assert all(word in line for word in words), line
+    assert "\n" not in line
+    assert "hush" not in line
+    assert "12345" not in line
+
+
+def test_a_broken_file_is_not_quoted(file):
+    with pytest.raises(SettingsError, match="line 3: ") as caught:
+        load_settings({"model": "m"}, file("port: 1\napi-key: [hush\nx: 1\n"))
+    assert "hush" not in str(caught.value)
+
+
+def test_keys_are_shown_nowhere():
+    settings = load_settings({"model": "m", "api_key": "hush", "admin_api_key": "psst"})
+    for text in (repr(settings), str(settings), str(settings.model_dump()), settings.model_dump_json()):
+        assert "hush" not in text
+        assert "psst" not in text
+
+
 def test_spellings_of_nf4():
     assert load_settings({"model": "m", "quantization": "bitsandbytes"}).quantization == "nf4"
 

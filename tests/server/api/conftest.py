@@ -28,7 +28,7 @@ class Client:
     def together(self, calls):
         async def run():
             transport = httpx.ASGITransport(self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
                 return await asyncio.gather(
                     *[client.request(m, path, **options) for m, path, options in calls]
                 )

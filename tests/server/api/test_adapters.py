@@ -81,6 +81,124 @@ def test_names_that_cannot_be(client, name):
     assert (response.status_code, error(response)["code"]) == (400, "invalid_adapter_name")
 
 
+FORM = {"content-type": "multipart/form-data; boundary=line"}
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def post(client, files, **fields):
+    return client("POST", "/v1/adapters", data=fields, files=files)
+
+
+def test_a_form_with_an_archive(client, world):
+    response = post(client, {"file": ("tax.zip", ZIP)}, name="tax", comment="ignored")
+    assert (response.status_code, response.json()["id"]) == (201, "tax")
+    assert response.headers["etag"] == put(client, "same").headers["etag"], "the archive's bytes, as with PUT"
+    assert post(client, {"anything": ("tax.zip", ZIP)}, name="tax").status_code == 200
+    assert list(world.registry.store.root.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [("file", (CONFIG, b"{}")), ("file", (TENSORS, b"tensors"))],
+        [(CONFIG, ("c.json", b"{}")), (TENSORS, ("t", b"tensors"))],
+        [(CONFIG, (None, b"{}")), (TENSORS, (TENSORS, b"tensors"))],
+    ],
+)
+def test_a_form_with_the_two_files(client, world, files):
+    assert post(client, files, name="tax").status_code == 201
+    assert world.registry.parts == [(CONFIG, b"{}"), (TENSORS, b"tensors")]
+    assert list(world.registry.store.root.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "files", "param", "code"),
+    [
+        ({}, {"file": ("a", ZIP)}, "name", "invalid_value"),
+        ({"name": ["a", "b"]}, {"file": ("a", ZIP)}, "name", "invalid_value"),
+        ({"name": "x" * 2000}, {"file": ("a", ZIP)}, "name", "invalid_value"),
+        ({"name": "a,b"}, {"file": ("a", ZIP)}, None, "invalid_adapter_name"),
+        ({"name": "base"}, {"file": ("a", ZIP)}, None, "invalid_adapter_name"),
+        ({"name": "a"}, {"other": (None, b"no file")}, "file", "invalid_value"),
+        ({"name": "a"}, [("file", (f"{i}.txt", b"")) for i in range(64)], None, "invalid_value"),
+    ],
+)
+def test_forms_that_say_too_little_or_too_much(client, world, fields, files, param, code):
+    response = post(client, files, **fields)
+    found = error(response)
+    assert (response.status_code, found["code"], found["param"]) == (400, code, param)
+    assert sorted(world.registry.names) == ["legal", "medical"]
+    assert list(world.registry.store.root.iterdir()) == []
+
+
+PART = b'--line\r\nContent-Disposition: form-data; name="name"\r\n\r\ntax\r\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"nonsense", PART, PART + b"--line\r\n\r\nno name\r\n--line--\r\n", b"--line\r\n" + b"x" * 100_000],
+)
+def test_forms_that_are_none(client, world, content):
+    response = client("POST", "/v1/adapters", content=content, headers=FORM)
+    assert (response.status_code, error(response)["code"]) == (400, "invalid_value")
+    assert "form is malformed" in error(response)["message"]
+    assert list(world.registry.store.root.iterdir()) == []
+
+
+def test_a_form_needs_a_boundary_and_to_be_one(client):
+    response = client("POST", "/v1/adapters", content=PART, headers={"content-type": "multipart/form-data"})
+    assert (response.status_code, error(response)["param"]) == (400, "Content-Type")
+    for kind in ("application/json", "application/zip", "application/x-www-form-urlencoded"):
+        response = client("POST", "/v1/adapters", content=b"{}", headers={"content-type": kind})
+        assert (response.status_code, error(response)["code"]) == (415, "unsupported_media_type")
+        assert "curl -F name=" in error(response)["message"]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_form_too_large(tmp_path, chunked):
+    client = Client(fakes.world(tmp_path, max_upload_bytes="2MiB"))
+    head = PART + b'--line\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+
+    async def chunks():
+        yield head
+        for _ in range(30):
+            yield b"x" * 100_000
+
+    content = chunks() if chunked else head + b"x" * 3_000_000
+    response = client("POST", "/v1/adapters", content=content, headers=FORM)
+    assert (response.status_code, error(response)["code"]) == (413, "adapter_upload_too_large")
+    assert response.headers["connection"] == "close"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_form_carries_comes_out_byte_for_byte(client, world):
+    """However the bytes are cut: a boundary may come in pieces, and content may look like one."""
+    data = b"\r\n--lin\r\n--line \r--\r\n" * 3
+    body = PART + b"--line\r\nContent-Disposition: form-data; name=file; filename=adapter_config.json\r\n\r\n"
+    body += data.replace(b"--line", b"--lime") + b"\r\n--line--\r\n"
+
+    async def chunks(size):
+        for start in range(0, len(body), size):
+            yield body[start : start + size]
+
+    for size in (1, 2, 7, 1000):
+        assert client("POST", "/v1/adapters", content=chunks(size), headers=FORM).status_code in (200, 201)
+        assert world.registry.parts == [(CONFIG, data.replace(b"--line", b"--lime"))]
+
+
+def test_a_refused_archive_is_told_the_line_that_sends_one(client, world):
+    world.registry.refused = AdapterError("invalid_archive", "this is no archive")
+    line = "curl -T adapter.zip http://127.0.0.1:8000/v1/adapters/tax"
+    for response in (put(client, "tax"), post(client, {"file": ("a", ZIP)}, name="tax")):
+        assert error(response)["message"].endswith(line)
+    for host, key in (("x;rm -rf", None), ("[::1]:8000", "Bearer secret")):
+        headers = {"host": host} | ({"authorization": key} if key else {})
+        said = error(put(client, "tax", **headers))["message"]
+        assert ("HOST:PORT" in said) is (key is None)
+        assert ('curl -H "Authorization: Bearer $KEY" -T' in said) is (key is not None)
+        assert "secret" not in said
+
+
 def test_findings_are_details(client, world):
     finding = Finding("q_proj", "rank 0", "train it again")
     world.registry.refused = AdapterError("invalid_adapter", "the adapter is invalid", (finding,))
@@ -141,6 +259,41 @@ def test_a_rollback_that_cannot_be(client, world):
     response = roll_back(client, to=1, headers={"if-match": '"' + "0" * 64 + '"'})
     assert (response.status_code, error(response)["code"]) == (412, "precondition_failed")
     assert world.registry.names["legal"] == "1" * 64
+
+
+def test_a_rollback_to_what_does_not_fit(client, world):
+    finding = Finding("q_proj", "is not here")
+    world.registry.rollback = lambda *_: (_ for _ in ()).throw(
+        AdapterError("adapter_incompatible", "cannot be served", (finding,))
+    )
+    response = roll_back(client, to=1)
+    found = error(response)
+    assert (response.status_code, found["code"], found["type"]) == (
+        *(409, "adapter_incompatible", "conflict_error"),
+    )
+    assert response.headers["x-should-retry"] == "false"
+    assert found["details"][0]["where"] == "q_proj"
+
+
+@pytest.mark.parametrize("id", ["legal", "base:legal", "/models/base:legal"])
+def test_a_model_is_removed(client, world, id):
+    response = client("DELETE", f"/v1/models/{id}")
+    assert (response.status_code, response.json()) == (
+        *(200, {"id": "legal", "object": "model", "deleted": True}),
+    )
+    assert "legal" not in world.registry.names
+    response = client("DELETE", f"/v1/models/{id}")
+    assert (response.status_code, error(response)["code"]) == (404, "model_not_found")
+
+
+def test_models_that_cannot_be_removed(client, world):
+    for id, status, code in (
+        *(("base", 400, "invalid_value"), ("/models/base", 400, "invalid_value")),
+        *(("gpt-4", 404, "model_not_found"), ("other:legal", 404, "model_not_found")),
+    ):
+        response = client("DELETE", f"/v1/models/{id}")
+        assert (response.status_code, error(response)["code"]) == (status, code)
+    assert sorted(world.registry.names) == ["legal", "medical"]
 
 
 def test_models(client, world):

@@ -114,7 +114,9 @@ def test_an_adapters_failure_keeps_its_code(client, world):
 @pytest.mark.parametrize(("code", "status"), ADAPTER_STATUS.items())
 def test_an_adapters_error_says_by_itself_whose_mistake_it_is(code, status):
     rejected = AdapterRejectedError(AdapterError(code, "no"))
-    kind = "server_error" if status >= 500 else "invalid_request_error"
+    kind = {409: "conflict_error", 500: "server_error", 507: "server_error"}.get(
+        status, "invalid_request_error"
+    )
     assert (rejected.code, rejected.http_status, rejected.type) == (code, status, kind)
 
 

@@ -54,6 +54,23 @@ def test_who_does_not(client, world, fields, status, code, param, stream):
     assert world.engine.submits == []
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"adapter": "odd"}, "adapter"), ({"model": "odd"}, "model"), ({"model": "base:odd"}, "model")],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_that_is_stored_and_does_not_fit(client, world, fields, param, stream):
+    world.registry.names["odd"] = "3" * 64
+    response = client.complete(**fields, stream=stream)
+    found = error(response)
+    assert (response.status_code, found["code"], found["type"], found["param"]) == (
+        *(409, "adapter_incompatible", "conflict_error", param),
+    )
+    assert found["details"] == [{"where": "a", "problem": "b", "cure": ""}]
+    assert response.headers["x-should-retry"] == "false"
+    assert world.engine.submits == []
+
+
 def test_a_running_request_keeps_its_generation(client, world):
     seen = []
 
