@@ -3,31 +3,15 @@
 import asyncio
 import random
 import time
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
-from loadtests.server_process import serving
+from tests.clients.conftest import ADAPTERS
 
-DEMO = Path(__file__).parents[2] / "demo"
-ADAPTERS = ("medical", "legal", "finance")
 PROMPT = "Q: What is discharge?\nA:"
 QUESTION = [{"role": "user", "content": "What is discharge?"}]
-
-
-@pytest.fixture(scope="module")
-def url():
-    modules = [flag for name in ADAPTERS for flag in ("--lora-modules", f"{name}={DEMO}/adapters/{name}")]
-    with serving(DEMO / "base", "--served-model-name", "base", *modules) as server:
-        yield server.url
-
-
-@pytest.fixture
-def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def greedy(client, model: str) -> str:
