@@ -1,6 +1,6 @@
 """The `loraplex` command: flags in, exit code out. Answers `--help` without importing torch or transformers.
 
-Knows nothing of how a server runs: `server/process.py` does that.
+Knows nothing of how a server runs (`server/process.py`), nor of what is asked of one (`server/adapters_command.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from server.adapters_command import add_adapters_commands, run_adapters
 from server.config import CONFIG_FILE, GIB, Settings, SettingsError, flag, load_settings
 from server.version import VERSION
 
@@ -31,13 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     known, unknown = parser.parse_known_args(arguments)
     values = vars(known)
-    command = values.pop("command")
+    command, asked = values.pop("command"), values.pop("parser")
     if unknown:
-        parser.error(_unknown(unknown[0]))
+        asked.error(_unknown(unknown[0], asked))
     match command:
         case "version":
             print(f"loraplex {VERSION}")
             return 0
+        case "adapters":
+            return run_adapters(values)
         case _:
             return _serve(values)
 
@@ -58,7 +61,16 @@ def build_parser() -> argparse.ArgumentParser:
     for name, field in Settings.model_fields.items():
         text = (field.description or "") + _default(name, field.default)
         serve.add_argument(*_spelling(name), help=text.replace("%", "%%"), **_kind(name, field.annotation))
-    commands.add_parser("version", help="print the version")
+    serve.set_defaults(parser=serve)
+    add_adapters_commands(
+        commands.add_parser(
+            "adapters",
+            help="list, upload, roll back and remove the adapters of a running server",
+            description="List, upload, roll back and remove the adapters of a running server.",
+        )
+    )
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(parser=version)
     return parser
 
 
@@ -88,8 +100,8 @@ def _default(name: str, value: object) -> str:
     return f" (default {shown})"
 
 
-def _unknown(argument: str) -> str:
-    flags = [flag(name) for name in Settings.model_fields if name != "model"] + [f"--{CONFIG_FILE}"]
+def _unknown(argument: str, parser: argparse.ArgumentParser) -> str:
+    flags = [name for name in parser._option_string_actions if name.startswith("--")]
     close = difflib.get_close_matches(argument.partition("=")[0], flags, n=1)
     return f"unknown argument {argument}" + (f", did you mean {close[0]}?" if close else "")
 

@@ -25,6 +25,9 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
 MIB, GIB = 1024**2, 1024**3
 
 
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
 class SettingsError(Exception):
     """One setting is wrong; the message is one line that names it and the cure."""
 
@@ -170,6 +173,31 @@ def load_settings(flags: Mapping[str, object], config: Path | None = None) -> Se
         details = error.errors(include_url=False)
         labels = {name: label for name, (label, _) in sources.items()}
         raise SettingsError("; ".join(dict.fromkeys(_line(detail, labels) for detail in details))) from None
+
+
+class ClientSettings(NamedTuple):
+    """The server that a command of ours talks to."""
+
+    url: str
+    api_key: str | None
+
+
+def load_client_settings(url: str | None, api_key: str | None) -> ClientSettings:
+    """Where the server is and the key for it: flags win over LORAPLEX_URL and LORAPLEX_ADMIN_API_KEY or _API_KEY."""
+    label = "--url" if url else "LORAPLEX_URL"
+    found = url or os.environ.get("LORAPLEX_URL") or DEFAULT_URL
+    if not re.match(r"https?://[^/]", found):
+        raise SettingsError(f"{label}: must be like {DEFAULT_URL}, got {found!r}")
+    keys = (api_key, os.environ.get("LORAPLEX_ADMIN_API_KEY"), os.environ.get("LORAPLEX_API_KEY"))
+    return ClientSettings(found.rstrip("/").removesuffix("/v1"), next(filter(None, keys), None))
+
+
+def size_text(nbytes: float) -> str:
+    """A size for people: 1.5 GiB, 20.0 MiB, 0.4 KiB."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.1f} {name}"
+    return f"{nbytes / 1024:.1f} KiB"
 
 
 def flag(name: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from adapters.adapter import Layout
 from adapters.pages import PAGE_RANK, page_nbytes, plan_pages
 from kernels.segments import KV_TILE
-from server.config import GIB, MIB, Settings, SettingsError
+from server.config import GIB, Settings, SettingsError, size_text
 from server.model.kv_cache import position_nbytes
 from server.model.servable import ServableModel
 
@@ -38,9 +38,9 @@ class MemoryPlan:
         adapters = sum(self.page_nbytes[group] * count for group, count in self.pages.items())
         dtype = str(self.adapter_dtype).removeprefix("torch.")
         return (
-            f"KV cache    {_size(self.kv_blocks * self.block_nbytes)} in {self.kv_blocks - 1} blocks, "
+            f"KV cache    {size_text(self.kv_blocks * self.block_nbytes)} in {self.kv_blocks - 1} blocks, "
             f"sequences of up to {self.max_model_len} tokens",
-            f"adapters    {_size(adapters)} for {pages} pages of rank {PAGE_RANK} in {dtype}",
+            f"adapters    {size_text(adapters)} for {pages} pages of rank {PAGE_RANK} in {dtype}",
         )
 
 
@@ -61,8 +61,8 @@ def plan_memory(settings: Settings, servable: ServableModel) -> MemoryPlan:
     if length < wanted:
         need = -(-wanted // settings.block_size) * block
         raise SettingsError(
-            f"--kv-cache-memory-bytes: {_size(budget)} hold {length} tokens, less than one sequence of {wanted}; "
-            f"give {_size(need)} or more, or lower --max-model-len"
+            f"--kv-cache-memory-bytes: {size_text(budget)} hold {length} tokens, less than one sequence of {wanted}; "
+            f"give {size_text(need)} or more, or lower --max-model-len"
         )
     return MemoryPlan(blocks, block, pages, each, adapter_dtype, length)
 
@@ -107,7 +107,3 @@ def _free_memory() -> int:
     except OSError:
         return _CPU_KV_MOST * 4
     return int(found["MemAvailable"].split()[0]) * 1024
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.1f} MiB"

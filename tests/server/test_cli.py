@@ -106,16 +106,30 @@ def stream(port):
     return response
 
 
-def test_help_comes_without_heavy_imports():
+ADAPTERS = ("put", "list", "show", "versions", "rollback", "rm")
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["serve"], ["adapters"], *(["adapters", name] for name in ADAPTERS)], ids=str
+)
+def test_help_comes_at_once_and_without_heavy_imports(words):
+    heavy = ["torch", "transformers", "fastapi", "uvicorn", "httpx", "numpy", "safetensors"]
     code = (
         "import sys, contextlib\nfrom server.cli import main\n"
-        "with contextlib.suppress(SystemExit): main(['serve', '--help'])\n"
-        "print({'torch', 'transformers', 'fastapi', 'uvicorn'} & set(sys.modules))"
+        f"with contextlib.suppress(SystemExit): main({[*words, '--help']})\n"
+        f"print(sorted(set({heavy}) & set(sys.modules)))"
     )
-    began = time.perf_counter()
-    done = command("-c", code)
-    assert done.stdout.endswith("set()\n")
-    assert time.perf_counter() - began < 5  # a busy machine; about half a second on a quiet one
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = command("-c", code)
+        seconds.append(time.perf_counter() - began)
+        assert done.returncode == 0
+        assert done.stdout.startswith("usage: loraplex")
+        assert done.stdout.endswith("[]\n")
+        if seconds[-1] < 1:
+            return
+    pytest.fail(f"{seconds} s; a third of a second on a quiet machine")
 
 
 def test_every_setting_is_a_flag_with_help():
