@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from server.adapters_command import add_adapters_commands, run_adapters
 from server.config import CONFIG_FILE, GIB, Settings, SettingsError, flag, load_settings
+from server.other_flags import ALIASES, ALWAYS, REFUSED
 from server.version import VERSION
 
 USAGE = 2  # exit code for a command that cannot be carried out as typed
@@ -60,7 +61,15 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument(f"--{CONFIG_FILE}", type=Path, metavar="FILE", help="YAML file with further settings")
     for name, field in Settings.model_fields.items():
         text = (field.description or "") + _default(name, field.default)
-        serve.add_argument(*_spelling(name), help=text.replace("%", "%%"), **_kind(name, field.annotation))
+        kind = _kind(name, field.annotation) | ({"nargs": "?"} if name == "model" else {})
+        serve.add_argument(*_spelling(name), help=text.replace("%", "%%"), **kind)
+    others = serve.add_argument_group("names that vLLM and SGLang have for these")
+    for name, ours in ALIASES.items():
+        others.add_argument(
+            flag(name), help=f"as {flag(ours)}", **_kind(ours, Settings.model_fields[ours].annotation)
+        )
+    for name, why in ALWAYS.items():
+        others.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=f"accepted: {why}")
     serve.set_defaults(parser=serve)
     add_adapters_commands(
         commands.add_parser(
@@ -80,34 +89,51 @@ def _spelling(name: str) -> list[str]:
     return ["-q", flag(name)] if name == "quantization" else [flag(name)]
 
 
-def _kind(name: str, annotation: Any) -> Mapping[str, Any]:
+_SEVERAL = {"lora_modules": "NAME=PATH", "served_model_name": "NAME"}
+
+
+def _kind(name: str, annotation: Any) -> dict[str, Any]:
     """How argparse should take one field; values stay text here, and `Settings` reads them."""
     if name == "model":
-        return {"nargs": "?", "metavar": "MODEL"}
+        return {"metavar": "MODEL"}
     if annotation is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if name == "lora_modules":
-        return {"action": "append", "metavar": "NAME=PATH"}
+    if name in _SEVERAL:
+        return {"action": "extend", "nargs": "+", "metavar": _SEVERAL[name]}
     options = [option for option in get_args(annotation) if isinstance(option, str)]
     metavar = "{" + ",".join(options) + "}" if options else name.rpartition("_")[2].upper()
     return {"metavar": metavar}
 
 
 def _default(name: str, value: object) -> str:
-    if not isinstance(value, str | int | float) or value is False:
+    if not isinstance(value, str | int | float) or value is False or value == "":
         return ""
     shown = f"{int(value) // GIB}GiB" if name.endswith("_bytes") else value
     return f" (default {shown})"
 
 
 def _unknown(argument: str, parser: argparse.ArgumentParser) -> str:
+    name = argument.partition("=")[0]
+    if parser.prog.endswith(" serve") and (why := REFUSED.get(name.lstrip("-").replace("-", "_"))):
+        return f"{name}: {why}"
     flags = [name for name in parser._option_string_actions if name.startswith("--")]
-    close = difflib.get_close_matches(argument.partition("=")[0], flags, n=1)
+    close = difflib.get_close_matches(name, flags, n=1)
     return f"unknown argument {argument}" + (f", did you mean {close[0]}?" if close else "")
+
+
+def _take_model_from_modules(values: dict[str, Any]) -> None:
+    """In `--lora-modules a=/x ./my-base` the flag has taken the base as well; it is the one that is no module."""
+    for name in ("lora_modules", "lora_paths"):
+        modules = values.get(name, [])
+        bases = [text for text in modules if "=" not in text and not text.startswith("{")]
+        if len(bases) == 1 and not {"model", "model_path"} & set(values):
+            values["model"] = bases[0]
+            modules.remove(bases[0])
 
 
 def _serve(values: dict[str, Any]) -> int:
     config = values.pop(CONFIG_FILE, None)
+    _take_model_from_modules(values)
     try:
         settings = load_settings(values, config)
     except SettingsError as error:

@@ -14,11 +14,11 @@ from server.version import VERSION
 
 def create_app(settings: Settings, serving: Serving) -> FastAPI:
     """The HTTP app. It answers at once; what needs the model is refused until `serving` is ready."""
-    app = FastAPI(title="loraplex", version=VERSION, redirect_slashes=False)
+    app = FastAPI(title="loraplex", version=VERSION, root_path=settings.root_path, redirect_slashes=False)
     metrics = Metrics(serving)
     app.state.edge = Edge(settings, serving, metrics)
     for routes in (completions, chat, models, adapters, health):
         app.include_router(routes.router)
     envelope.install(app)
-    app.add_middleware(Frame, metrics=metrics)
+    app.add_middleware(Frame, metrics=metrics, log=settings.enable_log_requests)
     return app

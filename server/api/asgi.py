@@ -8,7 +8,9 @@ ASGI, so that a disconnect still reaches the routes. `read_json` reads a body: i
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
+import time
 import uuid
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -24,6 +26,9 @@ from server.api.validation import first_error
 from server.errors import BodyTooLargeError, ContentTypeError
 from server.metrics import Metrics
 
+logger = logging.getLogger(__name__)
+
+UNLOGGED = frozenset({"/health", "/ready", "/metrics"})  # asked every second, by machines
 CLIENT_CLOSED = 499  # counted, never sent: the client was gone before an answer began
 MAX_JSON_BYTES = 4 * 1024 * 1024
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -39,9 +44,10 @@ class ClientGoneError(Exception):
 class Frame:
     """Wraps the app; one per process."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, log: bool = False) -> None:
         self.app = app
         self.metrics = metrics
+        self.log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,7 +55,7 @@ class Frame:
             return
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
-        status = CLIENT_CLOSED
+        status, began = CLIENT_CLOSED, time.perf_counter()
 
         async def send_named(message: Message) -> None:
             nonlocal status
@@ -67,7 +73,18 @@ class Frame:
                 raise
             await error_response(error)(scope, receive, send_named)
         finally:
-            self.metrics.http_request(getattr(scope.get("route"), "path", "(none)"), status)
+            route = getattr(scope.get("route"), "path", "(none)")
+            self.metrics.http_request(route, status)
+            if self.log and route not in UNLOGGED:
+                _log(scope, request_id, status, time.perf_counter() - began)
+
+
+def _log(scope: Scope, request_id: str, status: int, seconds: float) -> None:
+    """One line for one request, without a word of what was asked or answered."""
+    logger.info(
+        "request id=%s method=%s path=%s status=%d seconds=%.3f",
+        *(request_id, scope["method"], ascii(scope["path"])[1:-1], status, seconds),
+    )
 
 
 def request_id_of(request: Request) -> str:
