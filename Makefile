@@ -11,13 +11,14 @@ help:  ## this list
 
 install: $(VENV)/.installed  ## a virtual environment with everything (CPU torch unless nvidia-smi answers)
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt tests/clients/openai-2.txt
 	$(PYTHON) -m venv $(VENV)
 	@if nvidia-smi >/dev/null 2>&1; then echo "nvidia-smi answers: taking torch with CUDA"; \
 	else echo "no NVIDIA GPU here: taking torch for the CPU"; \
 	  $(BIN)/pip install --quiet "$(CPU_TORCH)" 2>/dev/null \
 	  || $(BIN)/pip install --quiet "$(CPU_TORCH)" --index-url https://download.pytorch.org/whl/cpu; fi
 	$(BIN)/pip install --quiet --editable ".[dev]" --constraint constraints.txt
+	$(BIN)/pip install --quiet --upgrade --no-deps --target $(VENV)/openai-2 --requirement tests/clients/openai-2.txt
 	@touch $@
 
 demo: install  ## start the server on the bundled demo and drive it through the story (KEEP=0 ends after it)

@@ -66,6 +66,12 @@ def gather(parts: Iterable[tuple[str, Path]], into: Path, files: FileOps | None 
 
 def copy_folder(folder: Path, into: Path, files: FileOps | None = None) -> None:
     """Copy the two files of a peft folder into `into`; links are followed: model caches are made of them."""
+    for path in folder_files(folder):
+        (files or FileOps()).copy(path, into / path.name)
+
+
+def folder_files(folder: Path) -> tuple[Path, ...]:
+    """The two files of a peft folder, which are there."""
     present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if not present:
         raise AdapterError("invalid_adapter", f"{folder} is not a folder, or it is empty")
@@ -75,8 +81,7 @@ def copy_folder(folder: Path, into: Path, files: FileOps | None = None) -> None:
             f"{folder} holds {_without(missing, present)}; name a folder that peft's save_pretrained wrote"
         )
         raise AdapterError("invalid_adapter", problem)
-    for name in FILES:
-        (files or FileOps()).copy(folder / name, into / name)
+    return tuple(folder / name for name in FILES)
 
 
 def _take(entries: Iterable[Entry], into: Path, files: FileOps, whole: str) -> None:

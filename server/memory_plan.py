@@ -12,7 +12,7 @@ import torch
 from adapters.adapter import Layout
 from adapters.pages import PAGE_RANK, page_nbytes, plan_pages
 from kernels.segments import KV_TILE
-from server.config import GIB, MIB, Settings, SettingsError
+from server.config import GIB, Settings, SettingsError, size_text
 from server.model.kv_cache import position_nbytes
 from server.model.servable import ServableModel
 
@@ -26,21 +26,31 @@ class MemoryPlan:
     """Blocks of the KV cache, pages of the adapter pool, and the longest sequence that fits."""
 
     kv_blocks: int  # the padding block included
+    block_size: int
     block_nbytes: int
     pages: dict[str, int]
     page_nbytes: dict[str, int]
     adapter_dtype: torch.dtype
+    host_nbytes: int  # of adapters, at most
     max_model_len: int
+    kv_reason: str  # why the KV cache is as large as it is
+    free_nbytes: int  # before any of it was taken
 
     def lines(self) -> tuple[str, ...]:
         """The plan as a person reads it."""
         pages = next(iter(self.pages.values()))
         adapters = sum(self.page_nbytes[group] * count for group, count in self.pages.items())
         dtype = str(self.adapter_dtype).removeprefix("torch.")
+        block_size = self.block_size
         return (
-            f"KV cache    {_size(self.kv_blocks * self.block_nbytes)} in {self.kv_blocks - 1} blocks, "
-            f"sequences of up to {self.max_model_len} tokens",
-            f"adapters    {_size(adapters)} for {pages} pages of rank {PAGE_RANK} in {dtype}",
+            f"memory      {size_text(self.free_nbytes)} free before what follows is taken",
+            f"KV cache    {size_text(self.kv_blocks * self.block_nbytes)}: {self.kv_reason}; "
+            f"{self.kv_blocks - 1} blocks of {block_size} tokens, sequences of up to {self.max_model_len} tokens "
+            "(--kv-cache-memory-bytes)",
+            f"adapters    {size_text(adapters)}: {pages} pages of rank {PAGE_RANK} in {dtype} "
+            "(--adapter-memory-bytes or --max-loras)",
+            f"host        up to {size_text(self.host_nbytes)} of adapters that wait for a page "
+            "(--adapter-host-memory-bytes or --max-cpu-loras)",
         )
 
 
@@ -51,20 +61,37 @@ def plan_memory(settings: Settings, servable: ServableModel) -> MemoryPlan:
     pages = _plan_adapter_pages(settings, servable.layout, adapter_dtype)
     each = page_nbytes(servable.layout, adapter_dtype)
     block = position_nbytes(servable.attention, servable.dtype) * settings.block_size
-    budget = settings.kv_cache_memory_bytes or _kv_budget(
-        servable.device, sum(each[g] * n for g, n in pages.items())
-    )
+    free, total = _memory(servable.device)
+    adapters = sum(each[group] * count for group, count in pages.items())
+    budget = _kv_budget(settings, servable.device, free, total, adapters)
     most = settings.max_num_seqs * -(-servable.max_model_len // settings.block_size)
-    blocks = min(budget // block, most) + 1
+    blocks = min(budget.nbytes // block, most) + 1
     length = min(servable.max_model_len, (blocks - 1) * settings.block_size)
     wanted = settings.max_model_len or min(settings.block_size, servable.max_model_len)
     if length < wanted:
         need = -(-wanted // settings.block_size) * block
         raise SettingsError(
-            f"--kv-cache-memory-bytes: {_size(budget)} hold {length} tokens, less than one sequence of {wanted}; "
-            f"give {_size(need)} or more, or lower --max-model-len"
+            f"{budget.flag}: {size_text(budget.nbytes)} hold {length} tokens, less than one sequence of {wanted}; "
+            f"give {size_text(need)} or more, or lower --max-model-len"
         )
-    return MemoryPlan(blocks, block, pages, each, adapter_dtype, length)
+    reason = budget.reason
+    if blocks - 1 == most:
+        reason = f"all that {settings.max_num_seqs} sequences (--max-num-seqs) can fill"
+    host = settings.adapter_host_memory_bytes
+    if settings.max_cpu_loras is not None:
+        host = settings.max_cpu_loras * sum(each.values())
+    return MemoryPlan(
+        kv_blocks=blocks,
+        block_size=settings.block_size,
+        block_nbytes=block,
+        pages=pages,
+        page_nbytes=each,
+        adapter_dtype=adapter_dtype,
+        host_nbytes=host,
+        max_model_len=length,
+        kv_reason=reason,
+        free_nbytes=free,
+    )
 
 
 def _refuse_impossible(settings: Settings, servable: ServableModel) -> None:
@@ -92,22 +119,44 @@ def _adapter_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _kv_budget(device: torch.device, adapters: int) -> int:
+@dataclass(frozen=True, slots=True)
+class _Budget:
+    """Bytes for the KV cache, why so many, and the flag that says otherwise."""
+
+    nbytes: int
+    reason: str
+    flag: str = "--kv-cache-memory-bytes"
+
+
+def _kv_budget(settings: Settings, device: torch.device, free: int, total: int, adapters: int) -> _Budget:
+    """`free` and `total` are the device's memory; what `adapters` take comes out of what is free."""
+    if settings.kv_cache_memory_bytes is not None:
+        return _Budget(settings.kv_cache_memory_bytes, "as asked for")
+    share = settings.gpu_memory_utilization
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int((free - adapters) * _CUDA_KV_SHARE)
-    return min(_CPU_KV_MOST, int(_free_memory() * _CPU_KV_SHARE))
+        if share is None:
+            left = max(0, int((free - adapters) * _CUDA_KV_SHARE))
+            return _Budget(left, f"{_CUDA_KV_SHARE:.0%} of what weights and adapters leave on the GPU")
+        left = max(0, int(total * share) - (total - free) - adapters)
+        flag = f"--gpu-memory-utilization {share:g}"
+        return _Budget(left, f"what is left of {flag} after weights and adapters", flag)
+    if share is not None:
+        raise SettingsError(
+            f"--gpu-memory-utilization {share:g}: the model runs on the CPU; give --kv-cache-memory-bytes instead"
+        )
+    if free * _CPU_KV_SHARE < _CPU_KV_MOST:
+        return _Budget(int(free * _CPU_KV_SHARE), f"{_CPU_KV_SHARE:.0%} of the memory that is free")
+    return _Budget(_CPU_KV_MOST, "the most that is taken unasked")
 
 
-def _free_memory() -> int:
-    """Bytes that can be had without swapping; without /proc, as much as lets the bound above decide."""
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of the device's memory that are free, and all of them."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
     try:
         with open("/proc/meminfo") as lines:
             found = dict(line.split(":") for line in lines)
-    except OSError:
-        return _CPU_KV_MOST * 4
-    return int(found["MemAvailable"].split()[0]) * 1024
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.1f} MiB"
+    except OSError:  # no Linux: as much as lets the bound above decide
+        return 4 * _CPU_KV_MOST, 4 * _CPU_KV_MOST
+    available, total = (int(found[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    return available, total

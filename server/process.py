@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -50,8 +51,14 @@ def run(settings: Settings, load: Load | None = None) -> int:
     except OSError as error:
         print(f"loraplex serve: {_cannot_bind(settings, error)}", file=sys.stderr)
         return USAGE
+    try:
+        check_certificate(settings)
+    except (OSError, ssl.SSLError) as error:
+        listener.close()
+        print(f"loraplex serve: --ssl-certfile and --ssl-keyfile: {error}", file=sys.stderr)
+        return USAGE
     with listener:
-        url = _url(settings.host, listener.getsockname()[1])
+        url = _url(settings, listener.getsockname()[1])
         print_banner(settings, url)
         life = Life(settings, url, load or _startup_load)
         with asyncio.Runner(loop_factory=life.loop_factory) as runner:
@@ -74,6 +81,8 @@ class Life:
             access_log=False,
             server_header=False,
             lifespan="off",
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
             timeout_graceful_shutdown=int(settings.shutdown_timeout + STOP_SECONDS),
         )
         self._server = _Server(config)
@@ -190,8 +199,16 @@ def _cannot_bind(settings: Settings, error: OSError) -> str:
     return f"{where}; stop what uses it, or choose another with --port or --host"
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def check_certificate(settings: Settings) -> None:
+    """Raise what is wrong with the certificate or its key, if there is one."""
+    if settings.ssl_certfile is not None and settings.ssl_keyfile is not None:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+
+
+def _url(settings: Settings, port: int) -> str:
+    scheme = "http" if settings.ssl_certfile is None else "https"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{scheme}://{host}:{port}"
 
 
 def print_banner(settings: Settings, url: str) -> None:

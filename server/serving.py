@@ -7,6 +7,7 @@ Nouns only: `server/startup.py` fills in a `Served`, `server/process.py` moves t
 from __future__ import annotations
 
 import asyncio
+import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -51,6 +52,7 @@ class Served:
     engine: Engine
     registry: Registry
     loader: Loader
+    seeds: random.Random = field(default_factory=random.SystemRandom)  # for requests that bring none
 
 
 @dataclass
@@ -91,8 +93,8 @@ class Edge:
     checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CHECKED_AT_ONCE))
 
     def base_names(self, served: Served) -> frozenset[str]:
-        """What a client may call the base: its served name, or the model it was loaded from."""
-        return frozenset({served.name, self.settings.model})
+        """What a client may call the base."""
+        return self.settings.base_names | {served.name}
 
 
 def edge_of(request: Request) -> Edge:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import random
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
 import transformers
@@ -21,7 +23,7 @@ from adapters.loader import Loader
 from adapters.pool import Pool
 from adapters.registry import Registry
 from adapters.store import Store
-from server.config import Settings
+from server.config import Settings, SettingsError, size_text
 from server.engine.blocks import Blocks
 from server.engine.engine import Engine
 from server.engine.scheduler import Limits, Residency, Scheduler
@@ -31,7 +33,7 @@ from server.model.load import ModelSource, load_model
 from server.model.runner import Runner
 from server.model.servable import ServableModel, make_servable
 from server.serving import GenerationDefaults, Served, Serving
-from server.text.tokenizer import Tokenizer
+from server.text.tokenizer import ChatTemplateError, Tokenizer
 
 _NOISY = ("transformers", "bitsandbytes", "accelerate", "huggingface_hub", "torch")
 _SMALL = 50_000_000  # weights in the linears
@@ -42,22 +44,25 @@ def load(settings: Settings, serving: Serving) -> None:
     """Fill `serving.served` and move its phase to "ready"; raises the reason when the model cannot be served."""
     quiet_libraries()
     keep_large_blocks()
+    chat_template = read_chat_template(settings.chat_template)
     serving.detail, serving.progress = "loading weights", 0.1
+    model = load_model(model_source(settings))
+    weights = model.get_memory_footprint()
     servable = make_servable(
-        load_model(model_source(settings)),
+        model,
         backend=settings.linear_backend,
         max_model_len=settings.max_model_len,
     )
     serving.detail, serving.progress = "planning memory", 0.7
     plan = plan_memory(settings, servable)
-    tokenizer = Tokenizer.load(settings.model, trust_remote_code=settings.trust_remote_code)
+    tokenizer = load_tokenizer(settings, chat_template)
     serving.detail, serving.progress = "opening the adapter store", 0.8
     served = assemble(settings, servable, plan, tokenizer)
     serving.detail, serving.progress = "registering adapters", 0.9
     for module in settings.lora_modules:
         served.registry.put_folder(module.name, module.path)
     served.engine.start()
-    serving.plan = (_model_line(settings, servable), *plan.lines(), f"served      {_names(served)}")
+    serving.plan = (_model_line(settings, servable, weights), *plan.lines(), f"served      {_names(served)}")
     serving.served = served
     serving.detail, serving.progress, serving.phase = "ready", 1.0, "ready"
 
@@ -93,11 +98,11 @@ def assemble(settings: Settings, servable: ServableModel, plan: MemoryPlan, toke
 
     def fits(adapter: Adapter) -> None:
         pool.fits(adapter)
-        if adapter.nbytes > settings.adapter_host_memory_bytes:
+        if adapter.nbytes > plan.host_nbytes:
             raise AdapterError(
                 "adapter_too_large",
                 f"the adapter's {adapter.nbytes} bytes are more than the host memory kept for all adapters "
-                f"({settings.adapter_host_memory_bytes} bytes); raise --adapter-host-memory-bytes",
+                f"({plan.host_nbytes} bytes); raise --adapter-host-memory-bytes or --max-cpu-loras",
             )
 
     def unreferenced(generation: str) -> None:
@@ -114,7 +119,7 @@ def assemble(settings: Settings, servable: ServableModel, plan: MemoryPlan, toke
         keep_versions=settings.keep_versions,
         on_unreferenced=unreferenced,
     )
-    loader = Loader(registry.read, settings.adapter_host_memory_bytes, lambda: engine.wake())
+    loader = Loader(registry.read, plan.host_nbytes, lambda: engine.wake())
     residency = Residency(loader, pool)
     limits = Limits(
         settings.max_num_seqs, settings.max_num_batched_tokens, settings.prefill_chunk, settings.block_size
@@ -138,7 +143,26 @@ def assemble(settings: Settings, servable: ServableModel, plan: MemoryPlan, toke
         engine=engine,
         registry=registry,
         loader=loader,
+        seeds=random.SystemRandom() if settings.seed is None else random.Random(settings.seed),
     )
+
+
+def read_chat_template(path: Path | None) -> str | None:
+    """The text of a template, before minutes of loading are spent."""
+    try:
+        return None if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--chat-template {path}: cannot be read: {error}") from error
+
+
+def load_tokenizer(settings: Settings, chat_template: str | None) -> Tokenizer:
+    """The base's tokenizer, with the chat template that was asked for in place of its own."""
+    try:
+        return Tokenizer.load(
+            settings.model, trust_remote_code=settings.trust_remote_code, chat_template=chat_template
+        )
+    except ChatTemplateError as error:
+        raise SettingsError(f"--chat-template {settings.chat_template}: {error}") from error
 
 
 def default_threads(servable: ServableModel) -> int | None:
@@ -190,11 +214,11 @@ def keep_large_blocks() -> None:
         logging.getLogger(__name__).debug("no mallopt here")
 
 
-def _model_line(settings: Settings, servable: ServableModel) -> str:
+def _model_line(settings: Settings, servable: ServableModel, weights: int) -> str:
     dtype = str(servable.dtype).removeprefix("torch.")
     return (
-        f"model       {type(servable.model).__name__}, {settings.quantization} weights, {dtype} on "
-        f"{servable.device.type}, {len(servable.layout.modules)} adaptable linears"
+        f"model       {type(servable.model).__name__}, {size_text(weights)} of {settings.quantization} weights, "
+        f"{dtype} on {servable.device.type}, {len(servable.layout.modules)} adaptable linears"
     )
 
 

@@ -18,6 +18,10 @@ def pytest_addoption(parser):
     parser.addoption(
         "--require-cuda", action="store_true", help="fail instead of skipping where there is no GPU"
     )
+    parser.addoption("--served-at", metavar="URL", help="clients' tests ask this server and start none")
+    parser.addoption(
+        "--openai", metavar="MAJOR", help="clients' tests fail unless this is the client's version"
+    )
 
 
 @pytest.fixture(autouse=True)

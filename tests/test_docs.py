@@ -8,6 +8,7 @@ from adapters.errors import AdapterError
 from server.api.app import create_app
 from server.api.envelope import CODES
 from server.api.schemas.generation import ChatRequest, CompletionRequest
+from server.cli import build_parser
 from server.config import Settings
 from server.errors import ADAPTER_STATUS, AdapterRejectedError, LoraplexError
 from server.serving import Serving
@@ -48,3 +49,22 @@ def test_every_route_is_in_the_table_and_no_other():
 def test_every_field_of_a_body_is_spoken_of(shape):
     for name in shape.model_fields:
         assert f"`{name}`" in HTTP_API
+
+
+def test_the_operators_page_names_what_there_is():
+    text = (DOCS / "operations.md").read_text(encoding="utf-8")
+    metrics = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    serve, client = set(flags_of("serve")), {"--url", "--api-key", "--admin-api-key", "--if-match", "--json"}
+    found = re.findall(r"`(loraplex_\w+)`", text)
+    assert found
+    assert not [name for name in found if f"`{name}`" not in metrics]
+    assert set(re.findall(r"--[a-z][a-z-]+", text)) <= serve | client
+    for name in re.findall(r"^loraplex adapters (\w+)", text, re.MULTILINE):
+        assert flags_of("adapters", name)
+
+
+def flags_of(*path: str) -> list[str]:
+    parser = build_parser()
+    for name in path:
+        parser = parser._subparsers._group_actions[0].choices[name]
+    return list(parser._option_string_actions)

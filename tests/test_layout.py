@@ -22,7 +22,8 @@ OUTSIDE = {"adapters": {"torch", "safetensors"}, "kernels": {"torch", "triton"}}
 INSIDE = {
     "errors": set(),
     "version": set(),
-    "config": set(),
+    "other_flags": set(),
+    "config": {"other_flags"},
     "text": {"config", "errors"},
     "model": {"config", "errors"},
     "engine": {"model", "config", "errors"},

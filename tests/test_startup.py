@@ -15,7 +15,7 @@ from server.engine.sequence import Finished, Sampling, Submit, Token
 from server.errors import UnsupportedModelError
 from server.memory_plan import plan_memory
 from server.model.kv_cache import position_nbytes
-from server.model.servable import make_servable
+from server.model.servable import ServableModel, make_servable
 from server.serving import GenerationDefaults, Serving
 from tests.model.tiny import make_model
 from tests.server.text import samples
@@ -107,11 +107,78 @@ class TestPlan:
         with pytest.raises(SettingsError, match="--block-size"):
             plan_memory(settings(block_size=24), servable)
 
-    def test_the_lines_are_for_people(self, servable):
-        cache, adapters = plan_memory(settings(max_loras=5), servable).lines()
-        assert "256 blocks" in cache
-        assert "up to 64 tokens" in cache
-        assert "5 pages of rank 16 in float32" in adapters
+    def test_the_lines_are_for_people(self, servable, monkeypatch):
+        monkeypatch.setattr("server.memory_plan._memory", lambda device: (12 * GIB, 16 * GIB))
+        memory, cache, adapters, host = plan_memory(settings(max_loras=5), servable).lines()
+        assert memory == "memory      12.0 GiB free before what follows is taken"
+        assert "all that 64 sequences (--max-num-seqs) can fill; 256 blocks of 16 tokens" in cache
+        assert "up to 64 tokens (--kv-cache-memory-bytes)" in cache
+        assert "5 pages of rank 16 in float32 (--adapter-memory-bytes or --max-loras)" in adapters
+        assert "up to 4.0 GiB" in host
+        assert "(--adapter-host-memory-bytes or --max-cpu-loras)" in host
+
+    @pytest.mark.parametrize(
+        ("free", "share", "reason"),
+        [
+            (8 * GIB, 2 * GIB, "25% of the memory that is free"),
+            (40 * GIB, 4 * GIB, "the most that is taken unasked"),
+        ],
+    )
+    def test_a_quarter_of_what_is_free_and_four_gigabytes_at_most(
+        self, servable, monkeypatch, free, share, reason
+    ):
+        monkeypatch.setattr("server.memory_plan._memory", lambda device: (free, 64 * GIB))
+        plan = plan_memory(settings(max_num_seqs=10**6), servable)
+        assert plan.kv_blocks - 1 == share // plan.block_nbytes
+        assert plan.kv_reason == reason
+
+    def test_a_share_of_the_gpu_is_of_all_of_it(self, servable, monkeypatch):
+        """Weights and adapters are paid out of it; without the flag the cache takes most of what they leave."""
+        monkeypatch.setattr("server.memory_plan._memory", lambda device: (70 * GIB, 80 * GIB))
+        monkeypatch.setattr(ServableModel, "device", torch.device("cuda"))
+        given = {"max_num_seqs": 10**8, "adapter_memory_bytes": GIB}
+        plan = plan_memory(settings(gpu_memory_utilization=0.5, **given), servable)
+        adapters = sum(plan.page_nbytes[group] * count for group, count in plan.pages.items())
+        assert plan.kv_blocks - 1 == (40 * GIB - 10 * GIB - adapters) // plan.block_nbytes
+        assert "--gpu-memory-utilization 0.5" in plan.kv_reason
+        plan = plan_memory(settings(**given), servable)
+        assert plan.kv_blocks - 1 == int((70 * GIB - adapters) * 0.85) // plan.block_nbytes
+        with pytest.raises(SettingsError, match=r"--gpu-memory-utilization 0.1: .* hold 0 tokens"):
+            plan_memory(settings(gpu_memory_utilization=0.1, **given), servable)
+
+    def test_a_share_of_a_gpu_means_nothing_on_the_cpu(self, servable):
+        with pytest.raises(SettingsError, match="runs on the CPU; give --kv-cache-memory-bytes"):
+            plan_memory(settings(gpu_memory_utilization=0.9), servable)
+
+    def test_room_on_the_host_in_adapters(self, servable):
+        plan = plan_memory(settings(max_cpu_loras=7), servable)
+        assert plan.host_nbytes == 7 * sum(plan.page_nbytes.values())
+
+
+class TestChatTemplate:
+    def test_a_file_in_place_of_the_models_own(self, checkpoint, tmp_path):
+        file = tmp_path / "template.jinja"
+        file.write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+        asked = Settings(model=str(checkpoint[0] / "base"), chat_template=file)
+        tokenizer = startup.load_tokenizer(asked, startup.read_chat_template(file))
+        assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "hi"}])) == "<hi>"
+
+    def test_what_is_no_template(self, checkpoint, tmp_path):
+        file = tmp_path / "template.jinja"
+        with pytest.raises(SettingsError, match=r"--chat-template .*: cannot be read: .*No such file"):
+            startup.read_chat_template(file)
+        file.write_text("line one\n{% for m in messages %}")
+        asked = Settings(model=str(checkpoint[0] / "base"), chat_template=file)
+        with pytest.raises(SettingsError, match=r"--chat-template .*: line 2: "):
+            startup.load_tokenizer(asked, startup.read_chat_template(file))
+
+
+def test_a_seed_for_those_who_bring_none(load):
+    draws = [load(seed=5).ready().seeds.getrandbits(63)]
+    load.end()
+    draws.append(load(seed=5).ready().seeds.getrandbits(63))
+    load.end()
+    assert draws[0] == draws[1] != load().ready().seeds.getrandbits(63)
 
 
 @pytest.fixture
@@ -221,11 +288,16 @@ def load(checkpoint, tmp_path):
         started.append(serving.served)
         return serving
 
+    def end():
+        while started:
+            served = started.pop()
+            served.engine.stop(30)
+            served.loader.close()
+            served.registry.store.close()
+
+    load.end = end
     yield load
-    for served in started:
-        served.engine.stop(30)
-        served.loader.close()
-        served.registry.store.close()
+    end()
 
 
 async def generate(served, prompt, adapter):

@@ -9,7 +9,9 @@ server that has to end them. `read_json` reads a body: its kind, its size, its s
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
+import time
 import uuid
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -26,6 +28,9 @@ from server.api.validation import first_error
 from server.errors import BodyTooLargeError, ContentTypeError, InvalidRequestError, NotReadyError
 from server.metrics import Metrics
 
+logger = logging.getLogger(__name__)
+
+UNLOGGED = frozenset({"/health", "/ready", "/metrics"})  # asked every second, by machines
 CLIENT_CLOSED = 499  # counted, never sent: the client was gone before an answer began
 MAX_JSON_BYTES = 4 * 1024 * 1024
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -57,11 +62,14 @@ class OpenRequests:
 class Frame:
     """Wraps the app; one per process."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, guard: Guard, requests: OpenRequests) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, guard: Guard, requests: OpenRequests, log: bool = False
+    ) -> None:
         self.app = app
         self.metrics = metrics
         self.guard = guard
         self.requests = requests
+        self.log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -69,7 +77,7 @@ class Frame:
             return
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
-        status, streaming = CLIENT_CLOSED, False
+        status, streaming, began = CLIENT_CLOSED, False, time.perf_counter()
 
         async def send_named(message: Message) -> None:
             nonlocal status, streaming
@@ -107,7 +115,18 @@ class Frame:
             await error_response(error)(scope, receive, send_named)
         finally:
             self.requests.tasks.discard(task)
-            self.metrics.http_request(getattr(scope.get("route"), "path", "(none)"), status)
+            route = getattr(scope.get("route"), "path", "(none)")
+            self.metrics.http_request(route, status)
+            if self.log and route not in UNLOGGED:
+                _log(scope, request_id, status, time.perf_counter() - began)
+
+
+def _log(scope: Scope, request_id: str, status: int, seconds: float) -> None:
+    """One line for one request, without a word of what was asked or answered."""
+    logger.info(
+        "request id=%s method=%s path=%s status=%d seconds=%.3f",
+        *(request_id, scope["method"], ascii(scope["path"])[1:-1], status, seconds),
+    )
 
 
 def request_id_of(request: Request) -> str:

@@ -40,7 +40,7 @@ def submits_for(
     found: list[Submit] = []
     for prompt in prompts:
         max_tokens = _max_tokens(lengths, len(prompt), served.max_model_len)
-        seed = secrets.randbits(63) if body.seed is None else body.seed
+        seed = served.seeds.getrandbits(63) if body.seed is None else body.seed
         for k in range(body.n):
             sampling = Sampling(
                 max_tokens=max_tokens,

@@ -19,7 +19,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 @router.get("")
 def list_models(edge: EdgeOf) -> dict[str, Any]:
-    """The base first, then its adapters by name."""
+    """The base first, by each of its served names, then its adapters by name."""
     return {"object": "list", "data": _models(edge)}
 
 
@@ -51,7 +51,7 @@ def _named(edge: Edge, id: str) -> str:
     served = edge.serving.ready()
     base, _, adapter = id.rpartition(":")
     wanted = adapter if base in edge.base_names(served) else id
-    return served.name if wanted in edge.base_names(served) else wanted
+    return served.name if wanted == edge.settings.model else wanted
 
 
 def _unknown(id: str) -> ModelNotFoundError:
@@ -62,17 +62,20 @@ def _unknown(id: str) -> ModelNotFoundError:
 
 def _models(edge: Edge) -> list[dict[str, Any]]:
     served = edge.serving.ready()
-    base = {
-        "id": served.name,
-        "object": "model",
-        "created": served.created,
-        "owned_by": "loraplex",
-        "root": edge.settings.model,
-        "parent": None,
-        "max_model_len": served.max_model_len,
-    }
+    bases = [
+        {
+            "id": name,
+            "object": "model",
+            "created": served.created,
+            "owned_by": "loraplex",
+            "root": edge.settings.model,
+            "parent": None,
+            "max_model_len": served.max_model_len,
+        }
+        for name in edge.settings.served_model_name or (served.name,)
+    ]
     ready = [entry for entry in served.registry.entries() if entry.state == "ready"]
-    return [base, *(_adapter(entry, served) for entry in sorted(ready, key=lambda entry: entry.name))]
+    return [*bases, *(_adapter(entry, served) for entry in sorted(ready, key=lambda entry: entry.name))]
 
 
 def _adapter(entry: Entry, served: Served) -> dict[str, Any]:

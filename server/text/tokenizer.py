@@ -38,11 +38,15 @@ class Tokenizer:
         self.encode("warm")  # drops a saved truncation setting before threads share this
 
     @classmethod
-    def load(cls, model: str, *, trust_remote_code: bool = False) -> Self:
-        """The tokenizer of a checkpoint folder or hub name."""
+    def load(cls, model: str, *, trust_remote_code: bool = False, chat_template: str | None = None) -> Self:
+        """The tokenizer of a checkpoint folder or hub name, with another chat template if one is given."""
         from transformers import AutoTokenizer
 
-        return cls(AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code))
+        backend = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        if chat_template is not None:
+            backend.chat_template = chat_template
+            _check_template(backend)
+        return cls(backend)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The ids of `text`, with the model's beginning token unless it is not wanted."""
@@ -102,6 +106,18 @@ class Tokenizer:
             raise ChatTemplateError(f"the model's chat template refuses these messages: {error}") from error
         assert isinstance(text, str)
         return self.encode(text, add_special_tokens=False)
+
+
+def _check_template(backend: PreTrainedTokenizerBase) -> None:
+    """Raise `ChatTemplateError` if the template is not one; that it refuses this conversation is its right."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        backend.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ChatTemplateError(f"line {error.lineno}: {error.message}") from error
+    except (TemplateError, TypeError, ValueError):
+        pass
 
 
 class IncrementalDetokenizer:

@@ -3,39 +3,17 @@
 import asyncio
 import io
 import random
-import re
 import time
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
 from loadtests.archive import zipped
-from loadtests.server_process import serving
+from tests.clients.conftest import ADAPTERS, DEMO
 
-DEMO = Path(__file__).parents[2] / "demo"
-ADAPTERS = ("medical", "legal", "finance")
 PROMPT = "Q: What is discharge?\nA:"
 QUESTION = [{"role": "user", "content": "What is discharge?"}]
-
-
-@pytest.fixture(scope="module")
-def server():
-    modules = [flag for name in ADAPTERS for flag in ("--lora-modules", f"{name}={DEMO}/adapters/{name}")]
-    with serving(DEMO / "base", "--served-model-name", "base", *modules) as server:
-        yield server
-
-
-@pytest.fixture
-def url(server):
-    return server.url
-
-
-@pytest.fixture
-def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def greedy(client, model: str) -> str:
@@ -132,30 +110,6 @@ def test_an_adapter_is_uploaded_as_a_form_and_removed_as_a_model(client, tmp_pat
     with pytest.raises(openai.BadRequestError) as caught:
         posted(client, io.BytesIO(b"hello"))
     assert caught.value.code == "invalid_archive"
-
-
-def test_a_large_form_takes_no_memory(server):
-    """128 MiB arrive, are written, and turn out to be nothing; the server's peak hardly moves."""
-
-    def peak() -> int:
-        (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{server.process.pid}/status").read_text())
-        return int(line) // 1024
-
-    noise = random.Random(1).randbytes(1024 * 1024)
-    head = b'--line\r\nContent-Disposition: form-data; name="name"\r\n\r\nlarge\r\n--line\r\n'
-    head += b'Content-Disposition: form-data; name="file"; filename="large.zip"\r\n\r\n'
-
-    def body():
-        yield head
-        for _ in range(128):
-            yield noise
-        yield b"\r\n--line--\r\n"
-
-    before = peak()
-    headers = {"content-type": "multipart/form-data; boundary=line"}
-    reply = httpx.post(f"{server.url}/v1/adapters", content=body(), headers=headers, timeout=60)
-    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_archive")
-    assert peak() - before < 24, "MiB"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from server.config import LoraModule, Settings, SettingsError, load_settings
+from server.config import LoraModule, Settings, SettingsError, flag, load_client_settings, load_settings
+from server.other_flags import ALIASES, ALWAYS, REFUSED
 
 
 @pytest.fixture
@@ -173,3 +174,121 @@ def test_derived_values(monkeypatch, tmp_path):
     assert settings.quantized_folder == Path.home() / ".cache" / "loraplex" / "quantized"
     assert Settings(model="org/llama", served_model_name="x").base_name == "x"
     assert Settings(model="a", adapter_store="/s").store_folder == Path("/s")
+
+
+def test_modules_in_vllms_json_form(file, monkeypatch):
+    expected = (LoraModule("a", Path("/x")), LoraModule("b", Path("/y"), "m"))
+    texts = ['{"name": "a", "path": "/x"}', '{"name": "b", "path": "/y", "base_model_name": "m"}']
+    assert load_settings({"model": "m", "lora_modules": texts}).lora_modules == expected
+    assert load_settings({"model": "m"}, file(f"lora-modules: [{', '.join(texts)}]")).lora_modules == expected
+    monkeypatch.setenv("LORAPLEX_LORA_MODULES", f"[{', '.join(texts)}]")
+    assert load_settings({"model": "m"}).lora_modules == expected
+    monkeypatch.setenv("LORAPLEX_LORA_MODULES", texts[0])
+    assert load_settings({"model": "m"}).lora_modules == expected[:1]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"name": "a"}', "must be given as"),
+        ('{"name": "a", "path": "/x", "rank": 8}', "must be given as"),
+        ('{"name": "a", "path": 5}', "must be given as"),
+        ('{"name": "a", "path"', "must be given as"),
+        ('{"name": "a", "path": "/x", "base_model_name": "other"}', "a is for the base other, and this is m"),
+    ],
+)
+def test_modules_in_json_that_cannot_be(text, words):
+    with pytest.raises(SettingsError) as caught:
+        load_settings({"model": "m", "lora_modules": [text]})
+    assert str(caught.value).startswith("--lora-modules: ")
+    assert words in str(caught.value)
+
+
+def test_several_names_of_the_base(file, monkeypatch):
+    for settings in (
+        load_settings({"model": "/x/m", "served_model_name": ["a", "b"]}),
+        load_settings({"model": "/x/m"}, file("served-model-name: [a, b]")),
+        Settings(model="/x/m", served_model_name="a,b"),
+    ):
+        assert (settings.base_name, settings.base_names) == ("a", {"a", "b", "/x/m"})
+    assert Settings(model="/x/m").base_names == {"m", "/x/m"}
+    with pytest.raises(SettingsError, match="--served-model-name"):
+        load_settings({"model": "m", "served_model_name": [""]})
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_names_that_other_servers_have(name, file, monkeypatch):
+    value = {
+        "model": "m",
+        "lora_modules": "a=/x",
+        "adapter_dtype": "bfloat16",
+        "gpu_memory_utilization": "0.5",
+    }
+    text, ours = value.get(ALIASES[name], "7"), ALIASES[name]
+    base = {} if ours == "model" else {"model": "m"}
+    expected = getattr(load_settings(base | {ours: text}), ours)
+    assert getattr(load_settings(base | {name: text}), ours) == expected
+    assert getattr(load_settings(base, file(f"{name.replace('_', '-')}: {text}")), ours) == expected
+    with pytest.raises(SettingsError, match="are one setting"):
+        load_settings(base | {ours: text, name: text})
+    monkeypatch.setenv(f"LORAPLEX_{name.upper()}", text)
+    assert getattr(load_settings(base), ours) == expected
+
+
+@pytest.mark.parametrize("name", ALWAYS)
+def test_what_is_always_so_is_accepted_and_its_contrary_is_not(name, file):
+    for true in (True, "true", "1"):
+        assert load_settings({"model": "m", name: true}) == Settings(model="m")
+    assert load_settings({"model": "m"}, file(f"{name}: true")) == Settings(model="m")
+    with pytest.raises(SettingsError, match=f"{flag(name)}: .* cannot be turned off"):
+        load_settings({"model": "m", name: False})
+    with pytest.raises(SettingsError, match="cannot be turned off"):
+        load_settings({"model": "m"}, file(f"{name}: false"))
+
+
+def test_what_cannot_be_honoured_is_refused_wherever_it_stands(file, monkeypatch):
+    with pytest.raises(SettingsError, match=r"^tensor-parallel-size in .*: a server runs on one device"):
+        load_settings({"model": "m"}, file("tensor-parallel-size: 2"))
+    monkeypatch.setenv("LORAPLEX_LOAD_FORMAT", "bitsandbytes")
+    with pytest.raises(SettingsError, match=r"^LORAPLEX_LOAD_FORMAT: .* leave it out"):
+        load_settings({"model": "m"})
+
+
+def test_no_name_is_ours_and_anothers():
+    names = [*Settings.model_fields, *ALIASES, *ALWAYS, *REFUSED]
+    assert len(set(names)) == len(names)
+    assert set(ALIASES.values()) <= set(Settings.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"max_loras": "4", "adapter_memory_bytes": "1GiB"}, "--max-loras and --adapter-memory-bytes"),
+        ({"max_cpu_loras": "4", "adapter_host_memory_bytes": "1GiB"}, "--max-cpu-loras and --adapter-host"),
+        (
+            {"gpu_memory_utilization": "0.9", "kv_cache_memory_bytes": "1GiB"},
+            "--gpu-memory-utilization and --kv",
+        ),
+        ({"gpu_memory_utilization": "90"}, "less than or equal to 1"),
+        ({"ssl_certfile": "c.pem"}, "--ssl-certfile and --ssl-keyfile go together"),
+    ],
+)
+def test_what_contradicts_itself(flags, words):
+    with pytest.raises(SettingsError) as caught:
+        load_settings({"model": "m", **flags})
+    assert words in str(caught.value)
+
+
+def test_a_client_finds_its_server_and_its_key(monkeypatch):
+    for name in ("URL", "API_KEY", "ADMIN_API_KEY"):
+        monkeypatch.delenv(f"LORAPLEX_{name}", raising=False)
+    assert load_client_settings(None, None) == ("http://127.0.0.1:8000", None)
+    monkeypatch.setenv("LORAPLEX_URL", "https://a/llm/v1/")
+    monkeypatch.setenv("LORAPLEX_API_KEY", "user")
+    assert load_client_settings(None, None) == ("https://a/llm", "user")
+    monkeypatch.setenv("LORAPLEX_ADMIN_API_KEY", "admin")
+    assert load_client_settings("http://b:1", None) == ("http://b:1", "admin")
+    assert load_client_settings("http://b:1", "typed") == ("http://b:1", "typed")
+    monkeypatch.setenv("LORAPLEX_URL", "a:8000")
+    with pytest.raises(SettingsError, match="LORAPLEX_URL: must be like"):
+        load_client_settings(None, None)

@@ -1,8 +1,12 @@
 """Which adapter answers, and that nothing ever falls back."""
 
+import random
+from dataclasses import replace
+
 import pytest
 
-from tests.server.api.conftest import error
+from tests.server import fakes
+from tests.server.api.conftest import Client, error
 
 
 @pytest.mark.parametrize(
@@ -83,3 +87,37 @@ def test_a_running_request_keeps_its_generation(client, world):
     body = client.complete(adapter="legal").json()
     assert body["adapter_generation"] == "1" * 64
     assert seen == [1]
+
+
+def test_every_served_name_is_the_base(tmp_path):
+    world = fakes.world(tmp_path, served_model_name=("base", "gpt-4"))
+    client = Client(world)
+    listed = client("GET", "/v1/models").json()["data"]
+    assert [model["id"] for model in listed] == ["base", "gpt-4", "legal", "medical"]
+    assert client("GET", "/v1/models/gpt-4").json()["id"] == "gpt-4"
+    for model in ("base", "gpt-4", "/models/base"):
+        reply = client.complete(model=model, prompt="a").json()
+        assert (reply["model"], reply["adapter"]) == ("base", None)
+    assert client.complete(model="gpt-4:legal", prompt="a").json()["adapter"] == "legal"
+    put = client("PUT", "/v1/adapters/gpt-4", content=b"PK")
+    assert put.json()["error"]["code"] == "invalid_adapter_name"
+
+
+def test_a_path_before_the_server_may_be_there_or_taken_away_by_the_proxy(tmp_path):
+    client = Client(fakes.world(tmp_path, root_path="/llm"))
+    for path in ("/v1/models", "/llm/v1/models"):
+        assert client("GET", path).json()["data"][0]["id"] == "base"
+    assert client("GET", "/openapi.json").json()["servers"] == [{"url": "/llm"}]
+
+
+def test_seeds_are_drawn_for_those_who_bring_none(tmp_path):
+    world = fakes.world(tmp_path)
+    client, draws = Client(world), random.Random(5)
+    world.serving.served = replace(world.serving.served, seeds=random.Random(5))
+    for body in ({}, {"seed": 9}, {}):
+        client.complete(prompt="a", **body)
+    assert [submit.sampling.seed for submit in world.engine.submits] == [
+        draws.getrandbits(63),
+        9,
+        draws.getrandbits(63),
+    ]
