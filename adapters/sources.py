@@ -159,17 +159,17 @@ def _what_else(head: bytes) -> str:
     if looks_like_pickle(head):
         return f"this is a PyTorch pickle, which is never loaded: {CONVERTER}"
     known = {
-        b"GGUF": "a GGUF file; send the peft adapter it was made from",
-        b"BZh": "a bzip2 file, and not a zip, tar or tar.gz archive",
-        b"\xfd7zXZ": "an xz file, and not a zip, tar or tar.gz archive",
-        b"\x28\xb5\x2f\xfd": "a zstandard file, and not a zip, tar or tar.gz archive",
-        b"7z\xbc\xaf": "a 7z archive, and not a zip, tar or tar.gz archive",
-        b"Rar!": "a rar archive, and not a zip, tar or tar.gz archive",
-        b"{": "a JSON file, and not a zip, tar or tar.gz archive",
+        b"GGUF": "a GGUF file, made from the peft adapter that is needed",
+        b"BZh": "a bzip2 file",
+        b"\xfd7zXZ": "an xz file",
+        b"\x28\xb5\x2f\xfd": "a zstandard file",
+        b"7z\xbc\xaf": "a 7z archive",
+        b"Rar!": "a rar archive",
+        b"{": "a JSON file",
     }
     for magic, what in known.items():
         if head.startswith(magic):
-            return f"this is {what}"
+            return f"this is {what}, and not a zip, tar or tar.gz archive"
     return f"this is {'an empty file' if not head else 'not a zip, tar or tar.gz archive'}"
 
 

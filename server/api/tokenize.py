@@ -61,7 +61,7 @@ async def tokenize(request: Request, edge: EdgeOf) -> dict[str, Any]:
         "count": len(ids),
         "max_model_len": served.max_model_len,
         "tokens": list(ids),
-        "token_strs": served.tokenizer.names(ids) if body.return_token_strs else None,
+        "token_strs": served.tokenizer.spellings(ids) if body.return_token_strs else None,
     }
 
 

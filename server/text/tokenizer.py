@@ -58,19 +58,19 @@ class Tokenizer:
         assert isinstance(text, str)
         return text
 
+    def detokenizer(self) -> IncrementalDetokenizer:
+        """A fresh incremental decoder for one sequence."""
+        return IncrementalDetokenizer(self.decode, self.special_ids, self.byte_ids)
+
     def decode_verbatim(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens included: what gives these ids again."""
         text = self._backend.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 
-    def names(self, ids: Sequence[int]) -> list[str]:
+    def spellings(self, ids: Sequence[int]) -> list[str]:
         """How the vocabulary spells each of `ids`."""
         return [str(token) for token in self._backend.convert_ids_to_tokens(list(ids))]
-
-    def detokenizer(self) -> IncrementalDetokenizer:
-        """A fresh incremental decoder for one sequence."""
-        return IncrementalDetokenizer(self.decode, self.special_ids, self.byte_ids)
 
     @property
     def has_chat_template(self) -> bool:
