@@ -7,7 +7,7 @@ Decode first, then prefill in whole chunks, then admission in order of arrival. 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -45,6 +45,11 @@ class Residency:
                 return Admission.NO_ROOM
         self.pool.pin(generation)
         return Admission.READY
+
+    def line_up(self, generations: Iterable[str | None]) -> None:
+        """Tell the loader whose adapters are waited for, the most urgent first."""
+        resident = self.pool.resident
+        self.loader.line_up(each for each in generations if each is not None and not resident(each))
 
     def release(self, generation: str | None) -> None:
         """Give back one pin."""
@@ -147,7 +152,13 @@ class Scheduler:
         return count
 
     def _admit(self, budget: int, batch: list[Scheduled]) -> None:
-        """Start waiting sequences, oldest first; one that finds no room is passed by at most `MAX_PASSED` others."""
+        """Start waiting sequences, oldest first; one that finds no room is passed by at most `MAX_PASSED` others.
+
+        The first read of an adapter is not counted: it ends by itself, and a slow disk stops nobody else. One that
+        has been passed and must be read again goes on counting, or it could be passed for ever.
+        """
+        if self.waiting:
+            self.residency.line_up(sequence.generation for sequence in self.waiting)
         passed_over: list[Sequence] = []
         for sequence in tuple(self.waiting):
             if not self._chunk(sequence, budget) or len(self.running) >= self.limits.sequences:
@@ -166,6 +177,8 @@ class Scheduler:
                     for older in passed_over:
                         older.passed += 1
                 case Admission.NO_ROOM:
+                    passed_over.append(sequence)
+                case Admission.LOADING if sequence.passed:
                     passed_over.append(sequence)
             if any(older.passed >= MAX_PASSED for older in passed_over):
                 return
