@@ -49,7 +49,7 @@ class Registry:
     Changes take turns behind a second one, since a disk is slow; an upload is checked before its turn.
 
     `fits` raises AdapterError for an adapter that could never be served; at start it is given adapters whose
-    tensors are on the meta device. `on_unreferenced` is told of a generation that no name points at and that
+    tensors are on the meta device. `quota` bounds the bytes of the stored generations. `on_unreferenced` is told of a generation that no name points at and that
     nobody holds, on the thread that let go of it, and maybe more than once.
     """
 
@@ -63,6 +63,7 @@ class Registry:
         *,
         max_bytes: int = DEFAULT_MAX_BYTES,
         keep_versions: int = DEFAULT_KEEP_VERSIONS,
+        quota: int | None = None,
         on_unreferenced: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -73,9 +74,14 @@ class Registry:
         self._lock = RLock()
         self._writing = Lock()
         self._references = References(self._unheld)
-        self._names = Names(store, self._lock, self._appraiser.inspect, keep_versions, clock)
+        self._names = Names(store, self._lock, self._appraiser.inspect, keep_versions, quota, clock)
         self._resolved = self._names.resolved  # read here, written there
         self.sweep()
+
+    @property
+    def stored_bytes(self) -> int:
+        """What all generations take on disk."""
+        return self._names.nbytes
 
     def put_archive(self, name: str, archive: Path, if_match: str | None = None) -> Put:
         """Check an uploaded archive to the last value, store it, and move the name to it."""
@@ -173,12 +179,16 @@ class Registry:
             generation = hash_folder(folder)
             if self._is_at(name, generation):
                 return Put(self.entry(name), created=False)
+            nbytes = self.store.size(folder)
+            with self._writing:  # before the slow part, and again when it is this upload's turn
+                self._names.expect_room(name, generation, nbytes, self._references.held())
             facts = self._appraiser.validate(folder, generation)
             self.store.sync(folder)
             with self._writing:
                 before = self._names.expect(name, if_match)
                 created = not self._is_at(name, generation)
                 if created:
+                    self._names.expect_room(name, generation, nbytes, self._references.held())
                     self._change(lambda: self._keep(name, folder, generation, facts))
                 entry = self.entry(name)
         finally:

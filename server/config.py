@@ -113,6 +113,10 @@ class Settings(BaseModel):
     max_lora_rank: Positive = Field(256, description="largest rank that is accepted")
     max_upload_bytes: ByteSize = Field(2 * GIB, description="largest upload of an adapter")
     adapter_store: Path | None = Field(None, description="folder in which adapters are kept")
+    adapter_store_bytes: ByteSize | None = Field(
+        None,
+        description="most bytes that adapters take in that folder; as many as its disk holds if not given",
+    )
     keep_versions: Annotated[int, Field(ge=0)] = Field(
         5, description="earlier versions of an adapter that are kept to roll back to"
     )

@@ -112,6 +112,7 @@ def assemble(settings: Settings, servable: ServableModel, plan: MemoryPlan, toke
         fits,
         max_bytes=settings.max_upload_bytes,
         keep_versions=settings.keep_versions,
+        quota=settings.adapter_store_bytes,
         on_unreferenced=unreferenced,
     )
     loader = Loader(registry.read, settings.adapter_host_memory_bytes, lambda: engine.wake())

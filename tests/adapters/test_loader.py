@@ -162,6 +162,17 @@ def test_two_that_do_not_fit_together_are_served_one_after_the_other(reads):
     assert len(reads.calls) <= 6, "what does not fit is not read over and over"
 
 
+def test_one_that_was_read_stays_until_it_is_fetched(reads):
+    loader = Loader(reads, 400, reads.ready.release)
+    loader.line_up(["a", "b"])
+    for name in ("a", "b"):
+        assert loader.get(name) is None
+        assert reads.ready.acquire(timeout=WAIT)
+    assert loader.get("a") is not None
+    loader.check()
+    loader.close()
+
+
 def test_the_more_urgent_one_puts_the_other_out(reads):
     loader = Loader(reads, 400, reads.ready.release)
     loader.line_up(["b"])

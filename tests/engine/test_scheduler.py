@@ -311,7 +311,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._forward(batch)
 
     def _note_passed(self, queue, running):
-        """One that has been passed while its adapter was at hand is passed a few times in all, whatever happens then."""
+        """One that has been passed with its adapter at hand is passed a few times in all, whatever happens then."""
         started = {s.request_id for s in self.parts.scheduler.running} - running
         for place, older in enumerate(queue):
             passed = self.passed[older.request_id]
