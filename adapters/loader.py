@@ -7,12 +7,14 @@ Knows nothing of names or of devices: `read` is given. `get` never waits; the en
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from adapters.adapter import Adapter
 from adapters.errors import AdapterError
+from adapters.tally import Tally
 
 
 class Loader:
@@ -44,19 +46,30 @@ class Loader:
         self._wanted: dict[str, int] = {}  # generation to its place in the line
         self._sizes: dict[str, int] = {}  # bytes of those in the line that have been read before
         self._nbytes = 0
-        self._loads = 0
+        self.load_seconds = Tally()  # of reads that ended well
+        self._failures = 0
         self._evictions = 0
         self._closed = False
 
     @property
     def loads(self) -> int:
         """Reads that ended well."""
-        return self._loads
+        return self.load_seconds.count
+
+    @property
+    def failures(self) -> int:
+        """Reads that did not."""
+        return self._failures
 
     @property
     def evictions(self) -> int:
         """Adapters put out of the cache to make room."""
         return self._evictions
+
+    @property
+    def cached(self) -> int:
+        """Adapters in the cache."""
+        return len(self._cached)
 
     @property
     def nbytes(self) -> int:
@@ -117,6 +130,7 @@ class Loader:
             assert all(key == adapter.generation for key, adapter in self._cached.items())
 
     def _load(self, generation: str, ticket: object) -> None:
+        started = time.perf_counter()
         try:
             result: Adapter | AdapterError = self._read(generation)
         except AdapterError as error:
@@ -127,7 +141,12 @@ class Loader:
                 "adapter_load_failed", f"generation {generation} could not be read: {problem}"
             )
             result.__cause__ = error
+        seconds = time.perf_counter() - started
         with self._lock:
+            if isinstance(result, AdapterError):
+                self._failures += 1
+            else:
+                self.load_seconds.add(seconds)
             if self._loading.get(generation) is ticket:
                 del self._loading[generation]
                 self._settle(generation, result)
@@ -138,7 +157,6 @@ class Loader:
         if isinstance(result, AdapterError):
             self._failed[generation] = result
             return
-        self._loads += 1
         if result.nbytes > self._max_bytes:
             self._oversize[generation] = result
             return

@@ -49,8 +49,8 @@ class Registry:
     Changes take turns behind a second one, since a disk is slow; an upload is checked before its turn.
 
     `fits` raises AdapterError for an adapter that could never be served; at start it is given adapters whose
-    tensors are on the meta device. `quota` bounds the bytes of the stored generations. `on_unreferenced` is told of a generation that no name points at and that
-    nobody holds, on the thread that let go of it, and maybe more than once.
+    tensors are on the meta device. `quota` bounds the bytes of the stored generations. `on_unreferenced` is told of
+    a generation that no name points at and that nobody holds, on the thread that let go of it, maybe more than once.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Registry:
         self._appraiser = Appraiser(layout, dtype, max_rank, fits)
         self._max_bytes = max_bytes
         self._on_unreferenced = on_unreferenced
+        self._uploaded = 0
         self._lock = RLock()
         self._writing = Lock()
         self._references = References(self._unheld)
@@ -82,6 +83,11 @@ class Registry:
     def stored_bytes(self) -> int:
         """What all generations take on disk."""
         return self._names.nbytes
+
+    @property
+    def uploaded_bytes(self) -> int:
+        """What all puts that moved a name have brought since the start."""
+        return self._uploaded
 
     def put_archive(self, name: str, archive: Path, if_match: str | None = None) -> Put:
         """Check an uploaded archive to the last value, store it, and move the name to it."""
@@ -190,6 +196,7 @@ class Registry:
                 if created:
                     self._names.expect_room(name, generation, nbytes, self._references.held())
                     self._change(lambda: self._keep(name, folder, generation, facts))
+                    self._uploaded += nbytes
                 entry = self.entry(name)
         finally:
             self.store.discard(folder)
