@@ -19,6 +19,7 @@ from adapters.appraiser import Appraiser
 from adapters.entry import Entry, Facts, Put
 from adapters.errors import AdapterError, Finding
 from adapters.names import Held, Names
+from adapters.peft_format import Keep, copied
 from adapters.records import Version, check_name
 from adapters.references import Reference, References
 from adapters.sources import copy_folder, unpack
@@ -64,11 +65,12 @@ class Registry:
         max_bytes: int = DEFAULT_MAX_BYTES,
         keep_versions: int = DEFAULT_KEEP_VERSIONS,
         quota: int | None = None,
+        keep: Keep = copied,
         on_unreferenced: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.store = store
-        self._appraiser = Appraiser(layout, dtype, max_rank, fits)
+        self._appraiser = Appraiser(layout, dtype, max_rank, fits, keep)
         self._max_bytes = max_bytes
         self._on_unreferenced = on_unreferenced
         self._uploaded = 0

@@ -103,7 +103,9 @@ class Settings(BaseModel):
         None, description="memory for the KV cache; planned from free memory if not given"
     )
     adapter_memory_bytes: ByteSize = Field(GIB, description="memory for adapters on the device")
-    adapter_host_memory_bytes: ByteSize = Field(4 * GIB, description="memory for adapters on the host")
+    adapter_host_memory_bytes: ByteSize = Field(
+        4 * GIB, description="memory for adapters on the host; on the CPU, bytes of files that stay mapped"
+    )
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type of adapters' weights"
     )
