@@ -110,6 +110,22 @@ def test_an_adapter_on_its_way_stops_nobody():
     assert scheduled(parts) == [("base", 1), ("waits", 3)]
 
 
+def test_the_time_in_the_queue_ends_with_the_first_admission():
+    parts = Parts(ADAPTERS, blocks=5, tokens=64)
+    waits = sequence(range(7), generation="a", name="waits")
+    add(parts, waits)
+    with patch("server.engine.scheduler.time.perf_counter", lambda: waits.arrived + 2):
+        scheduled(parts)
+        assert waits.queued == 0, "its adapter is being read"
+        parts.loader.end_read()
+        scheduled(parts)
+        assert waits.queued == 2
+    parts.scheduler._preempt(waits)
+    scheduled(parts)
+    assert (waits.queued, len(parts.scheduler.running)) == (2, 1)
+    assert (parts.residency.hits, parts.residency.misses) == (1, 1)
+
+
 def test_an_adapter_that_cannot_be_read_is_rejected_alone():
     parts = Parts(ADAPTERS, tokens=64)
     add(parts, sequence(generation="a", name="bad"), sequence(name="base"))

@@ -12,6 +12,7 @@ from server.metrics import MAX_ADAPTER_LABELS, Metrics
 from server.serving import Serving
 from tests.generate_docs import exercised
 from tests.server import fakes
+from tests.server.api.conftest import Client
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 LABELS = (("engine", "0"), ("model_name", "base"))
@@ -133,6 +134,26 @@ def test_the_times_of_one_sequence(tmp_path):
     assert found["vllm:inter_token_latency_seconds_count", *LABELS] == 2
     assert found["loraplex_adapter_time_to_first_token_seconds_sum", ("adapter", "a")] == 3.0
     assert found["vllm:request_success_total", LABELS[0], ("finished_reason", "length"), LABELS[1]] == 1
+
+
+def test_a_request_counts_each_of_its_sequences_by_its_end(tmp_path):
+    world = fakes.world(tmp_path)
+    client = Client(world)
+    client.complete(max_tokens=50, n=2)
+    client.complete(max_tokens=50, stop="grants", stream=True)
+    world.engine.fail_after = 1
+    client.complete()
+    world.engine.max_open = 0
+    client.complete()
+    found = samples(client.app.state.edge.metrics)
+    ended = {
+        reason: found["vllm:request_success_total", LABELS[0], ("finished_reason", reason), LABELS[1]]
+        for reason in ("length", "stop", "error", "abort")
+    }
+    assert ended == {"length": 2, "stop": 1, "error": 1, "abort": 0}
+    assert found["vllm:time_to_first_token_seconds_count", *LABELS] == 4
+    assert found["vllm:request_queue_time_seconds_sum", *LABELS] == pytest.approx(0.04)
+    assert found["vllm:admission_rejections_total", *LABELS, ("reason", "queue_full")] == 1
 
 
 def test_a_sequence_without_a_token_has_no_times(tmp_path):
