@@ -14,21 +14,25 @@ import torch
 from adapters.adapter import Adapter, Layout
 from adapters.entry import Facts
 from adapters.errors import AdapterError, Finding
-from adapters.peft_format import inspect_adapter, read_adapter
+from adapters.peft_format import Keep, copied, inspect_adapter, read_adapter
 
 
 @dataclass(frozen=True, slots=True)
 class Appraiser:
-    """The base's layout, the server's limits, and `fits`, which refuses what could never be admitted."""
+    """The base's layout, the server's limits, and `fits`, which refuses what could never be admitted.
+
+    `keep` says whether weights that were read are copied out of their file.
+    """
 
     layout: Layout
     dtype: torch.dtype
     max_rank: int
     fits: Callable[[Adapter], None]
+    keep: Keep = copied
 
     def read(self, folder: Path, generation: str) -> Adapter:
         """The weights; AdapterError tells everything that is wrong with them."""
-        return read_adapter(folder, generation, self.layout, self.dtype, self.max_rank)
+        return read_adapter(folder, generation, self.layout, self.dtype, self.max_rank, self.keep)
 
     def validate(self, folder: Path, generation: str) -> Facts:
         """Facts of an adapter of which every value was looked at; AdapterError if it cannot be served."""

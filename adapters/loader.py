@@ -7,19 +7,24 @@ Knows nothing of names or of devices: `read` is given. `get` never waits; the en
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from adapters.adapter import Adapter
 from adapters.errors import AdapterError
+from adapters.tally import Tally
 
 
 class Loader:
-    """A cache of adapters by generation, least recently used out first.
+    """A cache of adapters by generation: first out is who nobody waits for, least recently used first.
 
     The cached adapters never take more than `max_bytes`. One that is larger by itself is handed to the first
     `get` after its read and not kept; until that `get`, or a `forget`, it is memory beyond the bound.
+
+    `line_up` says who waits, in order. Nobody's adapter is put out for one that is wanted less urgently, so that
+    two which do not fit together cannot put each other out for ever: the later one is put off until it fits.
     """
 
     def __init__(
@@ -38,15 +43,23 @@ class Loader:
         self._oversize: dict[str, Adapter] = {}
         self._loading: dict[str, object] = {}  # the ticket of the read under way; a stale one is dropped
         self._failed: dict[str, AdapterError] = {}
+        self._wanted: dict[str, int] = {}  # generation to its place in the line
+        self._sizes: dict[str, int] = {}  # bytes of those in the line that have been read before
         self._nbytes = 0
-        self._loads = 0
+        self.load_seconds = Tally()  # of reads that ended well
+        self._failures = 0
         self._evictions = 0
         self._closed = False
 
     @property
     def loads(self) -> int:
         """Reads that ended well."""
-        return self._loads
+        return self.load_seconds.count
+
+    @property
+    def failures(self) -> int:
+        """Reads that did not."""
+        return self._failures
 
     @property
     def evictions(self) -> int:
@@ -54,12 +67,23 @@ class Loader:
         return self._evictions
 
     @property
+    def cached(self) -> int:
+        """Adapters in the cache."""
+        return len(self._cached)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the cached adapters."""
         return self._nbytes
 
+    def line_up(self, generations: Iterable[str]) -> None:
+        """Who waits for its adapter now, the most urgent first; what was said before is forgotten."""
+        with self._lock:
+            self._wanted = {generation: place for place, generation in enumerate(dict.fromkeys(generations))}
+            self._sizes = {name: size for name in self._wanted if (size := self._size(name))}
+
     def get(self, generation: str) -> Adapter | None:
-        """The weights if they are here; else None, and a read is under way.
+        """The weights if they are here; else None, and a read is under way, or put off until it fits.
 
         Raises the error of a read that failed, once: the next call starts another.
         """
@@ -72,7 +96,8 @@ class Loader:
                 return self._oversize.pop(generation)
             if generation in self._failed:
                 raise self._failed.pop(generation)
-            if generation not in self._loading:
+            size = self._sizes.get(generation)
+            if generation not in self._loading and (size is None or size <= self._room_for(generation)):
                 ticket = self._loading[generation] = object()
                 self._executor.submit(self._load, generation, ticket)
             return None
@@ -85,6 +110,7 @@ class Loader:
             self._oversize.pop(generation, None)
             self._failed.pop(generation, None)
             self._loading.pop(generation, None)
+            self._sizes.pop(generation, None)
 
     def close(self) -> None:
         """End the threads, after the reads that have begun."""
@@ -100,9 +126,11 @@ class Loader:
             assert all(adapter.nbytes > self._max_bytes for adapter in self._oversize.values())
             places = [*self._cached, *self._oversize, *self._loading, *self._failed]
             assert len(places) == len(set(places)), "a generation is in two places"
+            assert self._sizes.keys() <= self._wanted.keys(), "the size of one that nobody waits for is kept"
             assert all(key == adapter.generation for key, adapter in self._cached.items())
 
     def _load(self, generation: str, ticket: object) -> None:
+        started = time.perf_counter()
         try:
             result: Adapter | AdapterError = self._read(generation)
         except AdapterError as error:
@@ -113,7 +141,12 @@ class Loader:
                 "adapter_load_failed", f"generation {generation} could not be read: {problem}"
             )
             result.__cause__ = error
+        seconds = time.perf_counter() - started
         with self._lock:
+            if isinstance(result, AdapterError):
+                self._failures += 1
+            else:
+                self.load_seconds.add(seconds)
             if self._loading.get(generation) is ticket:
                 del self._loading[generation]
                 self._settle(generation, result)
@@ -124,13 +157,33 @@ class Loader:
         if isinstance(result, AdapterError):
             self._failed[generation] = result
             return
-        self._loads += 1
         if result.nbytes > self._max_bytes:
             self._oversize[generation] = result
             return
+        if generation in self._wanted:
+            self._sizes[generation] = result.nbytes
+        if result.nbytes > self._room_for(generation):
+            return
         while self._nbytes + result.nbytes > self._max_bytes:
-            _, victim = self._cached.popitem(last=False)
-            self._nbytes -= victim.nbytes
+            self._nbytes -= self._cached.pop(self._least_wanted()).nbytes
             self._evictions += 1
         self._cached[generation] = result
         self._nbytes += result.nbytes
+
+    def _size(self, generation: str) -> int | None:
+        """Its bytes, if they are known."""
+        cached = self._cached.get(generation)
+        return cached.nbytes if cached else self._sizes.get(generation)
+
+    def _room_for(self, generation: str) -> int:
+        """Bytes that it may have: all but those of more urgent ones that are cached or being read again."""
+        place = self._wanted.get(generation, len(self._wanted))
+        ahead = (other for other, at in self._wanted.items() if at < place and other in self._sizes)
+        return self._max_bytes - sum(
+            self._sizes[other] for other in ahead if other in self._cached or other in self._loading
+        )
+
+    def _least_wanted(self) -> str:
+        """Whom to put out: who is not waited for, or else who is last in the line; of equals the longest unused."""
+        nobody = len(self._wanted)
+        return max(self._cached, key=lambda generation: self._wanted.get(generation, nobody))

@@ -6,7 +6,8 @@ Knows nothing of who holds a generation, or of how an upload is checked.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
@@ -48,6 +49,7 @@ class Names:
     """One store's names. `lock` guards the memory and is held for moments; changes come one by one.
 
     `resolved` is the short form that requests read, under the same lock; it changes with the name's state.
+    `quota` bounds the bytes of all generations together; a store that is past it at the start is served all the same.
     """
 
     def __init__(
@@ -56,18 +58,28 @@ class Names:
         lock: RLock,
         inspect: Callable[[Path, str], Facts],
         keep_versions: int,
+        quota: int | None,
         clock: Callable[[], float],
     ) -> None:
         self._store = store
         self._lock = lock
         self._inspect = inspect
         self._keep_versions = keep_versions
+        self._quota = quota
         self._clock = clock
+        self._nbytes = 0
         self._unsure: set[str] = set()  # a name's file may still point at these: kept until the next start
-        self._stored = store.generations()
+        self._stored: dict[str, int] = {}  # generation to its bytes on disk
+        for generation in store.generations():
+            self._measure(generation)
         self._held = {name: self._recall(name) for name in store.names()}
         self._resolved = {name: held.resolved for name, held in self._held.items()}
         self.resolved: Mapping[str, Resolved] = MappingProxyType(self._resolved)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored generations, each counted once however many names point at it."""
+        return self._nbytes
 
     def all(self) -> list[tuple[str, Held]]:
         """Every name, sorted."""
@@ -111,17 +123,36 @@ class Names:
         """What a stored generation is worth on this base."""
         return self._inspect(self._store.folder(generation), generation)
 
+    def expect_room(self, name: str, generation: str, nbytes: int, in_use: Set[str]) -> None:
+        """Refuse to move the name to a generation that would take the store past its quota.
+
+        Counted is what stays after the move: the versions that it drops make room, unless somebody uses them.
+        """
+        if self._quota is None or generation in self._stored:
+            return
+        with self._lock:
+            records = {each: held.record for each, held in self._held.items()}
+        records[name] = self._moved(name, generation)
+        needed = self._needed(records.values(), in_use)
+        kept = [size for each, size in self._stored.items() if needed is None or each in needed]
+        if sum(kept) + nbytes > self._quota:
+            raise AdapterError(
+                "store_full",
+                f"the adapter store may hold {self._quota} bytes (--adapter-store-bytes); {len(kept)} generations "
+                f"that names keep or requests use take {sum(kept)}, and this one would add {nbytes}; delete "
+                "adapters, keep fewer versions (--keep-versions), or allow the store more",
+            )
+
     def keep(self, folder: Path, generation: str) -> None:
         """Store a synced folder; until a name points at it, a sweep may take it."""
-        self._stored.add(generation)
-        self._store.keep(folder, generation)
+        try:
+            self._store.keep(folder, generation)
+        finally:
+            self._measure(generation)
 
     def move(self, name: str, generation: str, facts: Facts) -> None:
         """Point the name at a stored generation, on disk first."""
-        held, now = self.get(name), int(self._clock())
-        record = Record(1, now, now, (Target(generation),))
-        if held and held.record:
-            record = held.record.moved(generation, now, self._keep_versions)
+        record = self._moved(name, generation)
         try:
             self._store.write(name, record)
         except OSError:
@@ -145,24 +176,20 @@ class Names:
         """
         with self._lock:
             records = [held.record for held in self._held.values()]
-            needed = {*self._unsure, *in_use()}
-        for record in records:
-            if record is None:
-                return
-            needed |= record.generations()
-        for generation in self._stored - needed:
-            try:
+            needed = self._needed(records, in_use())
+        for generation in set(self._stored) - needed if needed is not None else ():
+            with suppress(OSError):
                 self._store.drop(generation)
-            except OSError:
-                if self._store.folder(generation).exists():
-                    continue
-            self._stored.discard(generation)
+            self._measure(generation)
 
     def check(self, in_use: Set[str]) -> None:
         """Memory and disk agree, and whatever is pointed at or in use is there."""
         assert set(self._store.names()) == set(self._held), "names differ from the disk's"
-        assert self._store.generations() == self._stored, "generations differ from the disk's"
-        assert in_use <= self._stored, "a generation in use is not on disk"
+        assert self._store.generations() == self._stored.keys(), "generations differ from the disk's"
+        for generation, size in self._stored.items():
+            assert size == self._store.size(self._store.folder(generation)), f"{generation} is counted amiss"
+        assert self._nbytes == sum(self._stored.values()), "the bytes in the store are counted amiss"
+        assert in_use <= self._stored.keys(), "a generation in use is not on disk"
         resolved = {name: held.resolved for name, held in self._held.items()}
         assert self._resolved == resolved, "requests meet another state than the names have"
         assert all(resolved.values()), "a name is refused without a reason"
@@ -173,6 +200,30 @@ class Names:
             revisions = [version.revision for version in (*held.record.history, held.record.version)]
             assert revisions == sorted(set(revisions)), f"revisions of {name} do not grow"
             assert not held.ready or held.generation in self._stored, f"{name} points at nothing"
+
+    def _moved(self, name: str, generation: str) -> Record:
+        """What the name's record would be after a move."""
+        held, now = self.get(name), int(self._clock())
+        if held and held.record:
+            return held.record.moved(generation, now, self._keep_versions)
+        return Record(1, now, now, (Target(generation),))
+
+    def _needed(self, records: Iterable[Record | None], in_use: Set[str]) -> set[str] | None:
+        """What may not be dropped; None, which is everything, if a record is broken."""
+        needed = {*self._unsure, *in_use}
+        for record in records:
+            if record is None:
+                return None
+            needed |= record.generations()
+        return needed
+
+    def _measure(self, generation: str) -> None:
+        """Take over what the disk has of a generation, after anything was done there."""
+        folder = self._store.folder(generation)
+        self._nbytes -= self._stored.pop(generation, 0)
+        if folder.exists():
+            self._stored[generation] = self._store.size(folder)
+            self._nbytes += self._stored[generation]
 
     def _set(self, name: str, held: Held | None) -> None:
         """Change a name's state, or forget it, in both forms at once."""

@@ -6,6 +6,7 @@ Knows nothing of archives, of names or of devices. `inspect_adapter` looks at th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from adapters.findings import Findings
 from adapters.peft_config import CONFIG_BYTES, CONFIG_FILE, PeftConfig, parse_config
 from adapters.peft_header import TENSOR_FILE, Header, Placed, place
 from adapters.tensor_file import open_tensors
+
+Keep = Callable[[Tensor, torch.dtype], Tensor]  # what becomes of a tensor of the mapped file
 
 LARGEST = 65504.0  # float16's largest number: a trained weight is nowhere near it
 
@@ -50,8 +53,23 @@ def inspect_adapter(
     return Outline(Adapter(generation, deltas), config.base_model if config else "")
 
 
-def read_adapter(folder: Path, generation: str, layout: Layout, dtype: torch.dtype, max_rank: int) -> Adapter:
-    """Check everything and read the weights, as contiguous host tensors of `dtype`."""
+def copied(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor of its own, of the type that the device wants: copied on from there without a detour."""
+    return torch.empty(values.shape, dtype=dtype).copy_(values)
+
+
+def mapped(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The file's own pages, as they are: the system's cache is the host memory, and can take it back.
+
+    A mapping needs no descriptor, and outlives the file's name; it goes with its last tensor.
+    """
+    return values
+
+
+def read_adapter(
+    folder: Path, generation: str, layout: Layout, dtype: torch.dtype, max_rank: int, keep: Keep = copied
+) -> Adapter:
+    """Check everything, to the last value, and keep the weights."""
     findings = Findings()
     config, placed = _examine(folder, layout, max_rank, findings)
     deltas: list[Delta] = []
@@ -63,7 +81,7 @@ def read_adapter(folder: Path, generation: str, layout: Layout, dtype: torch.dty
                 peaks = _peak(a, item.pair.a.name, findings), _peak(b, item.pair.b.name, findings)
                 scale = _scale(config, item)
                 effective = effective or (min(peaks) > 0 and scale != 0)
-                deltas.append(Delta(item.site, item.member, _copy(a, dtype), _copy(b.t(), dtype), scale))
+                deltas.append(Delta(item.site, item.member, keep(a, dtype), keep(b.t(), dtype), scale))
         if not effective and not findings:
             problem = "every delta is zero: a fresh adapter with B = 0 changes nothing"
             findings.invalid("zero", Finding(TENSOR_FILE, problem, "train it, then send it again"))
@@ -119,8 +137,3 @@ def _peak(values: Tensor, name: str, findings: Findings) -> float:
         problem = f"holds {peak:.3g}, and no trained weight is above {LARGEST:g}"
         findings.invalid("large", Finding(name, problem, "send a checkpoint from before it diverged"))
     return peak
-
-
-def _copy(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor of its own, so that nothing keeps the mapped file open."""
-    return torch.empty(values.shape, dtype=dtype).copy_(values)

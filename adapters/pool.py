@@ -6,6 +6,7 @@ looks only at sizes that never change, so any thread may ask.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from adapters.adapter import Adapter, Delta, Layout
 from adapters.errors import AdapterError, Finding
 from adapters.memory import zeros
 from adapters.pages import PAGE_RANK, pages_needed
+from adapters.tally import Tally
 
 PageTable = Mapping[str, tuple[int, ...]]  # group -> page ids; only the groups that the adapter targets
 
@@ -50,6 +52,7 @@ class Pool:
         self._tables: OrderedDict[str, PageTable] = OrderedDict()  # least recently used first
         self._pins: dict[str, int] = {}
         self._doomed: set[str] = set()  # forgotten while pinned: freed at the last unpin
+        self.load_seconds = Tally()  # of copies to the device
         self._evictions = 0
         self._sites = tuple(
             SitePages(
@@ -121,6 +124,7 @@ class Pool:
             self._doomed.discard(generation)
             self._tables.move_to_end(generation)
             return True
+        started = time.perf_counter()
         needed = pages_needed(adapter, self._layout)
         victims = self._victims(needed)
         if victims is None:
@@ -133,6 +137,7 @@ class Pool:
         }
         self._tables[generation] = MappingProxyType(table)
         self._copy(adapter, table)
+        self.load_seconds.add(time.perf_counter() - started)
         return True
 
     def pin(self, generation: str) -> None:

@@ -17,6 +17,7 @@ from adapters.appraiser import Appraiser
 from adapters.entry import Entry, Facts, Put
 from adapters.errors import AdapterError, Finding, full_disk_named
 from adapters.names import Held, Names
+from adapters.peft_format import Keep, copied
 from adapters.records import Version, check_name
 from adapters.references import Reference, References
 from adapters.sources import copy_folder, gather, unpack
@@ -35,8 +36,8 @@ class Registry:
     Changes take turns behind a second one, since a disk is slow; an upload is checked before its turn.
 
     `fits` raises AdapterError for an adapter that could never be served; at start it is given adapters whose
-    tensors are on the meta device. `on_unreferenced` is told of a generation that no name points at and that
-    nobody holds, on the thread that let go of it, and maybe more than once.
+    tensors are on the meta device. `quota` bounds the bytes of the stored generations. `on_unreferenced` is told of
+    a generation that no name points at and that nobody holds, on the thread that let go of it, maybe more than once.
     """
 
     def __init__(
@@ -49,19 +50,32 @@ class Registry:
         *,
         max_bytes: int = DEFAULT_MAX_BYTES,
         keep_versions: int = DEFAULT_KEEP_VERSIONS,
+        quota: int | None = None,
+        keep: Keep = copied,
         on_unreferenced: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.store = store
-        self._appraiser = Appraiser(layout, dtype, max_rank, fits)
+        self._appraiser = Appraiser(layout, dtype, max_rank, fits, keep)
         self._max_bytes = max_bytes
         self._on_unreferenced = on_unreferenced
+        self._uploaded = 0
         self._lock = RLock()
         self._writing = Lock()
         self._references = References(self._unheld)
-        self._names = Names(store, self._lock, self._appraiser.inspect, keep_versions, clock)
+        self._names = Names(store, self._lock, self._appraiser.inspect, keep_versions, quota, clock)
         self._resolved = self._names.resolved  # read here, written there
         self.sweep()
+
+    @property
+    def stored_bytes(self) -> int:
+        """What all generations take on disk."""
+        return self._names.nbytes
+
+    @property
+    def uploaded_bytes(self) -> int:
+        """What all puts that moved a name have brought since the start."""
+        return self._uploaded
 
     def put_archive(self, name: str, archive: Path, if_match: str | None = None) -> Put:
         """Check an uploaded archive to the last value, store it, and move the name to it."""
@@ -166,13 +180,18 @@ class Registry:
             generation = hash_folder(folder)
             if self._is_at(name, generation):
                 return Put(self.entry(name), created=False)
+            nbytes = self.store.size(folder)
+            with self._writing:  # before the slow part, and again when it is this upload's turn
+                self._names.expect_room(name, generation, nbytes, self._references.held())
             facts = self._appraiser.validate(folder, generation)
             self.store.sync(folder)
             with self._writing:
                 before = self._names.expect(name, if_match)
                 created = not self._is_at(name, generation)
                 if created:
+                    self._names.expect_room(name, generation, nbytes, self._references.held())
                     self._change(lambda: self._keep(name, folder, generation, facts))
+                    self._uploaded += nbytes
                 entry = self.entry(name)
         finally:
             self.store.discard(folder)

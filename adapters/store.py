@@ -81,6 +81,11 @@ class Store:
         assert GENERATION.fullmatch(generation), generation
         return self._generations / generation
 
+    def size(self, folder: Path) -> int:
+        """Bytes of a folder's two files, or of what is left of them."""
+        paths = [folder / name for name in FILES]
+        return sum(path.stat().st_size for path in paths if path.exists())
+
     def sync(self, folder: Path) -> None:
         """Put an incoming folder's two files on disk: the slow half of `keep`."""
         for name in FILES:

@@ -76,7 +76,10 @@ def refused_upload(client: httpx.Client) -> None:
 
 def metrics(client: httpx.Client) -> None:
     text = client.get("/metrics").text
-    for line in ("loraplex_adapters_registered 4.0", 'loraplex_adapter_requests_total{adapter="medical"'):
+    for line in (
+        'loraplex_adapters{state="registered"} 4.0',
+        'loraplex_adapter_requests_total{adapter="medical"',
+    ):
         expect(line in text, f"/metrics does not say {line}")
 
 

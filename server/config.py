@@ -194,7 +194,9 @@ class Settings(BaseModel):
         description="share of the GPU's memory that all of it may take; the KV cache gets what is left of that",
     )
     adapter_memory_bytes: ByteSize = Field(GIB, description="memory for adapters on the device")
-    adapter_host_memory_bytes: ByteSize = Field(4 * GIB, description="memory for adapters on the host")
+    adapter_host_memory_bytes: ByteSize = Field(
+        4 * GIB, description="memory for adapters on the host; on the CPU, bytes of files that stay mapped"
+    )
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type of adapters' weights"
     )
@@ -207,6 +209,10 @@ class Settings(BaseModel):
     max_lora_rank: Positive = Field(256, description="largest rank that is accepted")
     max_upload_bytes: ByteSize = Field(2 * GIB, description="largest upload of an adapter")
     adapter_store: Path | None = Field(None, description="folder in which adapters are kept")
+    adapter_store_bytes: ByteSize | None = Field(
+        None,
+        description="most bytes that adapters take in that folder; as many as its disk holds if not given",
+    )
     keep_versions: Annotated[int, Field(ge=0)] = Field(
         5, description="earlier versions of an adapter that are kept to roll back to"
     )

@@ -9,16 +9,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from server.engine.sequence import EngineStats
-from server.serving import Serving
+from server.serving import Served, Serving
 
 if TYPE_CHECKING:
-    from adapters.loader import Loader
     from adapters.registry import Entry
+
+Values = Mapping[str, tuple[str, float]]  # name to (what it is, value)
 
 
 class EngineCollector(Collector):
@@ -35,59 +36,121 @@ class EngineCollector(Collector):
         if served is not None:
             stats, entries = served.engine.stats(), served.registry.entries()
             yield from _engine(stats)
-            yield from _adapters(stats, entries, served.loader)
-            yield from _interop(stats, entries, served.name)
+            yield from _adapters(stats, entries, served)
+            yield from _interop(stats, served.name)
+            yield _lora_info(stats, entries)
 
 
 def _engine(stats: EngineStats) -> Iterator[Metric]:
-    gauges = {
-        "requests_running": ("Sequences in the running set.", stats.running),
-        "requests_waiting": ("Sequences that wait for room or for their adapter.", stats.waiting),
-        "kv_blocks_used": ("KV blocks in use.", stats.kv_blocks_used),
-        "kv_blocks_total": ("KV blocks there are.", stats.kv_blocks_total),
-        "kv_usage_ratio": ("Share of KV blocks in use.", _share(stats.kv_blocks_used, stats.kv_blocks_total)),
-        "batch_sequences": ("Sequences in the last step.", stats.last_batch_sequences),
-        "batch_adapters": ("Distinct adapters in the last step.", stats.last_batch_adapters),
-    }
-    counters = {
-        "steps": ("Forward passes.", stats.steps),
-        "step_seconds": ("Seconds spent in steps.", stats.step_seconds),
-        "prefill_tokens": ("Prompt tokens computed.", stats.prefill_tokens),
-        "decode_tokens": ("Tokens computed in decode.", stats.decode_tokens),
-        "generated_tokens": ("Tokens sampled.", stats.generated_tokens),
-        "prefix_tokens": ("Prompt tokens of admitted sequences.", stats.prefix_tokens),
-        "prefix_hits": ("Of these, tokens that were not computed again.", stats.prefix_hits),
-        "preemptions": ("Sequences that gave back their blocks and started again.", stats.preemptions),
-    }
-    yield from _gauges(gauges)
-    yield from _counters(counters)
+    yield from _gauges(
+        {
+            "requests_running": ("Sequences in the running set.", stats.running),
+            "requests_waiting": ("Sequences that wait for room or for their adapter.", stats.waiting),
+            "kv_blocks_used": ("KV blocks in use.", stats.kv_blocks_used),
+            "kv_blocks_total": ("KV blocks there are.", stats.kv_blocks_total),
+            "kv_usage_ratio": ("Share of KV blocks in use.", _kv_share(stats)),
+            "batch_sequences": ("Sequences in the last step.", stats.last_batch_sequences),
+            "batch_adapters": ("Distinct adapters in the last step.", stats.last_batch_adapters),
+        }
+    )
+    yield from _counters(
+        {
+            "steps": ("Forward passes.", stats.steps),
+            "prefill_steps": ("Forward passes with prompt tokens in them.", stats.prefill_steps),
+            "prefill_tokens": ("Prompt tokens computed.", stats.prefill_tokens),
+            "decode_tokens": ("Tokens computed in decode.", stats.decode_tokens),
+            "generated_tokens": ("Tokens sampled.", stats.generated_tokens),
+            "prefix_tokens": ("Prompt tokens of admitted sequences.", stats.prefix_tokens),
+            "prefix_hits": ("Of these, tokens that were not computed again.", stats.prefix_hits),
+            "preemptions": ("Sequences that gave back their blocks and started again.", stats.preemptions),
+        }
+    )
+    seconds = CounterMetricFamily(
+        "loraplex_step_seconds",
+        "Seconds spent in steps; phase is prefill with prompt tokens in them, else decode.",
+        labels=["phase"],
+    )
+    seconds.add_metric(["prefill"], stats.prefill_step_seconds)
+    seconds.add_metric(["decode"], stats.step_seconds - stats.prefill_step_seconds)
+    yield seconds
 
 
-def _adapters(stats: EngineStats, entries: Sequence[Entry], loader: Loader) -> Iterator[Metric]:
-    gauges = {
-        "adapters_registered": ("Adapters by name.", len(entries)),
-        "adapters_referenced": ("Adapters held by running requests.", sum(e.references > 0 for e in entries)),
-        "adapters_resident": ("Generations on the device.", len(stats.resident)),
-        "adapter_pages_used": ("Pages of the device pool in use.", stats.pages_used),
-        "adapter_pages_total": ("Pages of the device pool.", stats.pages_total),
-        "adapter_host_bytes": ("Bytes of adapters in host memory.", loader.nbytes),
+def _adapters(stats: EngineStats, entries: Sequence[Entry], served: Served) -> Iterator[Metric]:
+    loader = served.loader
+    states = {
+        "registered": len(entries),
+        "incompatible": sum(entry.state == "incompatible" for entry in entries),
+        "referenced": sum(entry.references > 0 for entry in entries),
+        "host": loader.cached,
+        "device": len(stats.resident),
+        "waiting": len(stats.waiting_for),
     }
-    counters = {
-        "adapter_loads": ("Generations read from disk into host memory.", stats.adapter_loads),
-        "adapter_evictions": ("Generations evicted from the device.", stats.adapter_evictions),
-        "adapter_host_evictions": ("Generations evicted from host memory.", loader.evictions),
-    }
-    yield from _gauges(gauges)
-    yield from _counters(counters)
+    adapters = GaugeMetricFamily(
+        "loraplex_adapters",
+        "Adapters by state: names that are registered, incompatible with the base or held by requests; "
+        "generations in host memory, on the device, or waited for.",
+        labels=["state"],
+    )
+    for state, count in states.items():
+        adapters.add_metric([state], count)
+    yield adapters
+    yield from _gauges(
+        {
+            "adapter_pages_used": ("Pages of the device pool in use.", stats.pages_used),
+            "adapter_pages_total": ("Pages of the device pool.", stats.pages_total),
+            "adapter_host_bytes": ("Bytes of adapters in host memory.", loader.nbytes),
+            "adapter_store_bytes": ("Bytes of generations on disk.", served.registry.stored_bytes),
+        }
+    )
+    yield from _counters(
+        {
+            "adapter_cache_hits": (
+                "Sequences that started with their adapter on the device already.",
+                stats.adapter_hits,
+            ),
+            "adapter_cache_misses": (
+                "Sequences whose adapter was copied there for them.",
+                stats.adapter_misses,
+            ),
+        }
+    )
+    yield from _counters(
+        {"upload_bytes": ("Bytes of the adapters that uploads stored.", served.registry.uploaded_bytes)}
+    )
+    yield from _loads(stats, served)
 
 
-def _interop(stats: EngineStats, entries: Sequence[Entry], base: str) -> Iterator[Metric]:
+def _loads(stats: EngineStats, served: Served) -> Iterator[Metric]:
+    """Moves between the tiers; `tier` is where a generation came to, or was put out of."""
+    loader = served.loader
+    loads = CounterMetricFamily(
+        "loraplex_adapter_loads",
+        "Generations brought into a tier: read from disk to the host, or copied to the device.",
+        labels=["tier", "result"],
+    )
+    loads.add_metric(["host", "ok"], loader.load_seconds.count)
+    loads.add_metric(["host", "failed"], loader.failures)
+    loads.add_metric(["device", "ok"], stats.adapter_copies.count)
+    evictions = CounterMetricFamily(
+        "loraplex_adapter_evictions", "Generations put out of a tier to make room.", labels=["tier"]
+    )
+    evictions.add_metric(["host"], loader.evictions)
+    evictions.add_metric(["device"], stats.adapter_evictions)
+    seconds = HistogramMetricFamily(
+        "loraplex_adapter_load_seconds", "Seconds that a load into a tier took.", labels=["tier"]
+    )
+    for tier, tally in {"host": loader.load_seconds, "device": stats.adapter_copies}.items():
+        seconds.add_metric([tier], tally.cumulative(), tally.total)
+    yield from (loads, evictions, seconds)
+
+
+def _interop(stats: EngineStats, base: str) -> Iterator[Metric]:
     """What the Gateway API's endpoint picker, llm-d, AIBrix and vLLM's dashboards read."""
     labels = {"model_name": base, "engine": "0"}
     levels = {
         "vllm:num_requests_running": stats.running,
         "vllm:num_requests_waiting": stats.waiting,
-        "vllm:kv_cache_usage_perc": _share(stats.kv_blocks_used, stats.kv_blocks_total),
+        "vllm:kv_cache_usage_perc": _kv_share(stats),
     }
     for name, value in levels.items():
         gauge = GaugeMetricFamily(name, "As vLLM reports it.", labels=list(labels))
@@ -104,24 +167,37 @@ def _interop(stats: EngineStats, entries: Sequence[Entry], base: str) -> Iterato
         counter = CounterMetricFamily(name, "As vLLM reports it.", labels=list(labels))
         counter.add_metric(list(labels.values()), value)
         yield counter
-    running = ",".join(sorted(entry.name for entry in entries if entry.generation in stats.resident))
-    names = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
-    info = GaugeMetricFamily(
-        "vllm:lora_requests_info", "Adapters on the device; the value is the time.", labels=names
+    cache = GaugeMetricFamily(
+        "vllm:cache_config_info", "The KV cache's shape; always 1.", labels=["block_size", "num_gpu_blocks"]
     )
-    info.add_metric([str(stats.adapter_room), running, ""], time.time())
-    yield info
+    cache.add_metric([str(stats.kv_block_size), str(stats.kv_blocks_total)], 1)
+    yield cache
 
 
-def _gauges(values: Mapping[str, tuple[str, float]]) -> Iterator[Metric]:
+def _lora_info(stats: EngineStats, entries: Sequence[Entry]) -> Metric:
+    """One sample per scrape: routers send a request where its adapter is on the device, or on its way there."""
+
+    def names(generations: tuple[str, ...]) -> str:
+        return ",".join(sorted(entry.name for entry in entries if entry.generation in generations))
+
+    info = GaugeMetricFamily(
+        "vllm:lora_requests_info",
+        "Adapters on the device and adapters waited for; the value is the time.",
+        labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+    )
+    info.add_metric([str(stats.adapter_room), names(stats.resident), names(stats.waiting_for)], time.time())
+    return info
+
+
+def _gauges(values: Values) -> Iterator[Metric]:
     for name, (text, value) in values.items():
         yield GaugeMetricFamily(f"loraplex_{name}", text, value)
 
 
-def _counters(values: Mapping[str, tuple[str, float]]) -> Iterator[Metric]:
+def _counters(values: Values) -> Iterator[Metric]:
     for name, (text, value) in values.items():
         yield CounterMetricFamily(f"loraplex_{name}", text, value)
 
 
-def _share(used: int, total: int) -> float:
-    return used / total if total else 0.0
+def _kv_share(stats: EngineStats) -> float:
+    return stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0

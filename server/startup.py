@@ -20,6 +20,7 @@ from adapters.adapter import Adapter
 from adapters.errors import AdapterError
 from adapters.files import FileOps
 from adapters.loader import Loader
+from adapters.peft_format import copied, mapped
 from adapters.pool import Pool
 from adapters.registry import Registry
 from adapters.store import Store
@@ -117,6 +118,8 @@ def assemble(settings: Settings, servable: ServableModel, plan: MemoryPlan, toke
         fits,
         max_bytes=settings.max_upload_bytes,
         keep_versions=settings.keep_versions,
+        quota=settings.adapter_store_bytes,
+        keep=mapped if servable.device.type == "cpu" else copied,  # the CPU's pool is host memory already
         on_unreferenced=unreferenced,
     )
     loader = Loader(registry.read, plan.host_nbytes, lambda: engine.wake())

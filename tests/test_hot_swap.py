@@ -22,16 +22,23 @@ from server.startup import load
 DEMO = Path(__file__).parents[1] / "demo"
 STREAMS, BEFORE, LENGTH = 8, 8, 48
 QUESTIONS = ("discharge", "a bond", "interest", "relief", "a charge", "a claim", "a trust", "a balance")
-BODY = {"model": "swapped", "max_tokens": LENGTH, "temperature": 0, "ignore_eos": True, "stream": True}
+BODY = {
+    "model": "swapped",
+    "max_tokens": LENGTH,
+    "temperature": 0,
+    "ignore_eos": True,
+    "stream": True,
+    "stream_options": {"continuous_usage_stats": True},
+}
 
 
 class Stream:
-    """One streamed completion: its text, the generation it names, and how many chunks had come by when."""
+    """One streamed completion: its text, the generation it names, and how many tokens have come."""
 
     def __init__(self, client: httpx.Client, question: str) -> None:
         self.client = client
         self.body = BODY | {"prompt": f"Q: What is {question}?\nA:"}
-        self.text, self.generations, self.chunks = "", set(), 0
+        self.text, self.generations, self.tokens = "", set(), 0
         self.under_way = threading.Event()
 
     def read(self) -> "Stream":
@@ -43,9 +50,10 @@ class Stream:
                     assert "error" not in chunk, chunk
                     self.text += chunk["choices"][0]["text"]
                     self.generations.add(chunk["adapter_generation"])
-                    self.chunks += 1
-                    if self.chunks == BEFORE:
+                    self.tokens = chunk["usage"]["completion_tokens"]
+                    if self.tokens >= BEFORE:
                         self.under_way.set()
+        assert self.tokens == LENGTH
         return self
 
 
@@ -74,12 +82,12 @@ def test_eight_streams_end_with_the_generation_they_began_with():
             for stream in running:
                 assert stream.under_way.wait(60)
             put(client, "finance")
-            chunks_at_swap = [stream.chunks for stream in running]
+            at_swap = [stream.tokens for stream in running]
             for end in ends:
                 end.result()
         later = solo(client)
 
-    assert all(BEFORE <= chunks <= LENGTH - 8 for chunks in chunks_at_swap), "the swap was not in mid-stream"
+    assert all(BEFORE <= tokens <= LENGTH - 8 for tokens in at_swap), "the swap was not in mid-stream"
     assert [stream.text for stream in running] == [stream.text for stream in old]
     assert [stream.generations for stream in running] == [stream.generations for stream in old]
     assert [stream.text for stream in later] == [stream.text for stream in new]

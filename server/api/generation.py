@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from server.api.schemas.generation import GenerationRequest
 from server.engine.sequence import Finished, FinishReason, Sampling, Submit, Token
 from server.errors import ContextLengthError, InvalidRequestError, NotReadyError, QueueFullError
-from server.metrics import Metrics, Outcome
+from server.metrics import Ending, Metrics, Outcome, TokenClock
 from server.serving import Served
 from server.text.tokenizer import StopChecker
 
@@ -116,7 +116,12 @@ class Generation:
         self._adapter = adapter
         self._began = time.perf_counter()
         self._outcome: Outcome = "cancelled"
-        streams = [_pieces(served, metrics, index, submit, stops) for index, submit in enumerate(submits)]
+        self._clocks = {
+            index: metrics.token_clock(adapter, len(submit.prompt)) for index, submit in enumerate(submits)
+        }
+        streams = [
+            _pieces(served, self._clocks[index], index, submit, stops) for index, submit in enumerate(submits)
+        ]
         self._pieces = streams[0] if len(streams) == 1 else _merged(streams)
 
     def __aiter__(self) -> Generation:
@@ -132,6 +137,8 @@ class Generation:
             self._outcome = "rejected" if isinstance(error, QueueFullError) else "failed"
             raise
         self.completion_tokens += piece.tokens
+        if piece.finish_reason is not None:
+            self._end(piece.choice, piece.finish_reason)
         return piece
 
     @property
@@ -144,9 +151,15 @@ class Generation:
             "total_tokens": total,
         }
 
+    def _end(self, choice: int, ending: Ending) -> None:
+        """Stop the clock of a choice."""
+        self._clocks.pop(choice).end(ending)
+
     async def aclose(self) -> None:
         """End what still runs, and count the request."""
         await self._pieces.aclose()
+        for choice in tuple(self._clocks) if self._outcome != "rejected" else ():
+            self._end(choice, "error" if self._outcome == "failed" else "abort")
         seconds = time.perf_counter() - self._began
         self._metrics.generation(
             self._adapter, self._outcome, self.prompt_tokens, self.completion_tokens, seconds
@@ -154,19 +167,18 @@ class Generation:
 
 
 async def _pieces(
-    served: Served, metrics: Metrics, choice: int, submit: Submit, stops: Sequence[str]
+    served: Served, clock: TokenClock, choice: int, submit: Submit, stops: Sequence[str]
 ) -> AsyncGenerator[Piece, None]:
     """One sequence's text. Closing it, or finding a stop string, aborts the sequence."""
     detokenizer = served.tokenizer.detokenizer()
     checker = StopChecker(stops)
-    clock = metrics.token_clock()
     last: int | None = None
     tokens = 0  # received since the last piece
     async with aclosing(served.engine.stream(submit)) as events:
         async for event in events:
             match event:
                 case Token(token_id=last):
-                    clock.tick()
+                    clock.tick(event.queued)
                     tokens += 1
                     if last in submit.sampling.stop_token_ids:
                         continue  # it ends the sequence and is not shown

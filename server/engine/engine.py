@@ -103,6 +103,8 @@ class _Counters:
     decode_tokens: int = 0
     generated_tokens: int = 0
     step_seconds: float = 0.0
+    prefill_steps: int = 0
+    prefill_step_seconds: float = 0.0
     last_sequences: int = 0
     last_adapters: int = 0
 
@@ -190,25 +192,34 @@ class Engine:
     def stats(self) -> EngineStats:
         """Levels and counters as of now, from any thread."""
         scheduler, pool, loader = self.scheduler, self.residency.pool, self.residency.loader
+        residents = pool.residents
+        wanted = dict.fromkeys(sequence.generation for sequence in tuple(scheduler.waiting))
         counters = self._counters
         return EngineStats(
             running=len(scheduler.running),
             waiting=max(0, len(self._streams) - len(scheduler.running)),
             kv_blocks_used=scheduler.blocks.used,
             kv_blocks_total=scheduler.blocks.total - 1,
+            kv_block_size=scheduler.limits.block_size,
             pages_used=pool.used,
             pages_total=pool.total,
-            resident=pool.residents,
+            resident=residents,
+            waiting_for=tuple(each for each in wanted if each is not None and each not in residents),
             adapter_room=pool.room,
             steps=counters.steps,
             prefill_tokens=counters.prefill_tokens,
             decode_tokens=counters.decode_tokens,
             generated_tokens=counters.generated_tokens,
             step_seconds=counters.step_seconds,
+            prefill_steps=counters.prefill_steps,
+            prefill_step_seconds=counters.prefill_step_seconds,
             last_batch_sequences=counters.last_sequences,
             last_batch_adapters=counters.last_adapters,
             adapter_loads=loader.loads,
+            adapter_copies=pool.load_seconds,
             adapter_evictions=pool.evictions,
+            adapter_hits=self.residency.hits,
+            adapter_misses=self.residency.misses,
             prefix_tokens=scheduler.prefix_tokens,
             prefix_hits=scheduler.prefix_hits,
             preemptions=scheduler.preemptions,
@@ -296,7 +307,7 @@ class Engine:
             return [self._fail(sequence, LoraplexError(message))]
         sequence.tokens.append(token)
         self._counters.generated_tokens += 1
-        events: list[Event] = [Token(sequence.request_id, token)]
+        events: list[Event] = [Token(sequence.request_id, token, queued=sequence.queued)]
         reason = sequence.finish_reason()
         if reason is not None:
             events.append(self._finish(sequence, reason))
@@ -324,6 +335,9 @@ class Engine:
         counters = self._counters
         counters.steps += 1
         counters.step_seconds += seconds
+        if any(item.count > 1 for item in batch):
+            counters.prefill_steps += 1
+            counters.prefill_step_seconds += seconds
         counters.last_sequences = len(batch)
         counters.last_adapters = len({item.sequence.generation for item in batch} - {None})
         for item in batch:

@@ -6,8 +6,9 @@ Decode first, then prefill in whole chunks, then admission in order of arrival. 
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -32,19 +33,30 @@ class Residency:
     def __init__(self, loader: Loader, pool: Pool) -> None:
         self.loader = loader
         self.pool = pool
+        self.hits = 0  # sequences that started with their adapter on the device already
+        self.misses = 0  # and those for which it had to be copied there
 
     def acquire(self, generation: str | None) -> Admission:
         """Pin a generation's pages if that can be done now; raises `AdapterError` when it cannot be read."""
         if generation is None:
             return Admission.READY
-        if not self.pool.resident(generation):
+        if self.pool.resident(generation):
+            self.hits += 1
+        else:
             adapter = self.loader.get(generation)
             if adapter is None:
                 return Admission.LOADING
             if not self.pool.admit(adapter):
                 return Admission.NO_ROOM
+            self.misses += 1
         self.pool.pin(generation)
         return Admission.READY
+
+    def line_up(self, generations: Iterable[str | None]) -> None:
+        """Tell the loader whose adapters are waited for, the most urgent first."""
+        wanted = [each for each in generations if each is not None and not self.pool.resident(each)]
+        if wanted:  # an old line does no harm while nobody waits
+            self.loader.line_up(wanted)
 
     def release(self, generation: str | None) -> None:
         """Give back one pin."""
@@ -147,7 +159,12 @@ class Scheduler:
         return count
 
     def _admit(self, budget: int, batch: list[Scheduled]) -> None:
-        """Start waiting sequences, oldest first; one that finds no room is passed by at most `MAX_PASSED` others."""
+        """Start waiting sequences, oldest first; one that finds no room is passed by at most `MAX_PASSED` others.
+
+        The first read of an adapter is not counted: it ends by itself, and a slow disk stops nobody else. One that
+        has been passed and must be read again goes on counting, or it could be passed for ever.
+        """
+        self.residency.line_up(sequence.generation for sequence in self.waiting)
         passed_over: list[Sequence] = []
         for sequence in tuple(self.waiting):
             if not self._chunk(sequence, budget) or len(self.running) >= self.limits.sequences:
@@ -167,6 +184,8 @@ class Scheduler:
                         older.passed += 1
                 case Admission.NO_ROOM:
                     passed_over.append(sequence)
+                case Admission.LOADING if sequence.passed:
+                    passed_over.append(sequence)
             if any(older.passed >= MAX_PASSED for older in passed_over):
                 return
 
@@ -180,6 +199,7 @@ class Scheduler:
             self._reserve(sequence, sequence.missing)
             self.waiting.remove(sequence)
             self.running.append(sequence)
+            sequence.queued = sequence.queued or time.perf_counter() - sequence.arrived
         return admission
 
     def _take_up_prefix(self, sequence: Sequence) -> None:

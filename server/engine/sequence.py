@@ -6,8 +6,11 @@ Knows nothing of text or HTTP.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Literal
+
+from adapters.tally import Tally
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -71,6 +74,7 @@ class Token:
 
     request_id: str
     token_id: int
+    queued: float = 0.0  # seconds between the sequence's arrival and its first step
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,19 +106,26 @@ class EngineStats:
     waiting: int
     kv_blocks_used: int
     kv_blocks_total: int
+    kv_block_size: int
     pages_used: int
     pages_total: int
     resident: tuple[str, ...]  # generations on the device
+    waiting_for: tuple[str, ...]  # generations of waiting sequences that are not on the device
     adapter_room: int  # adapters of one page per group that fit on the device together
     steps: int
     prefill_tokens: int
     decode_tokens: int
     generated_tokens: int
     step_seconds: float
+    prefill_steps: int  # of these, with prompt tokens in them
+    prefill_step_seconds: float
     last_batch_sequences: int
     last_batch_adapters: int
-    adapter_loads: int
-    adapter_evictions: int
+    adapter_loads: int  # generations read into host memory
+    adapter_copies: Tally  # seconds of copies to the device
+    adapter_evictions: int  # from the device
+    adapter_hits: int  # sequences that started with their adapter on the device already
+    adapter_misses: int
     prefix_tokens: int  # of all prompts admitted
     prefix_hits: int  # of these, taken up from blocks that were there
     preemptions: int
@@ -133,6 +144,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were asked for
     remembered: int = 0  # full blocks that others may take up
+    arrived: float = field(default_factory=time.perf_counter)
+    queued: float = 0.0  # seconds until it was first admitted
     passed: int = 0  # how many younger sequences were admitted before this one
 
     @classmethod

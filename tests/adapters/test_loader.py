@@ -145,6 +145,60 @@ def test_forget_during_a_read_drops_its_result(loader, reads):
     loader.check()
 
 
+def test_two_that_do_not_fit_together_are_served_one_after_the_other(reads):
+    """Each waits for a read of its own; were either put out before it is fetched, they would take turns for ever."""
+    loader, line, served = Loader(reads, 400, reads.ready.release), ["a", "b", "c"], []
+    for _ in range(10):
+        loader.line_up(line)
+        for name in tuple(line):
+            if loader.get(name) is not None:
+                line.remove(name)
+                served.append(name)
+            else:
+                reads.ready.acquire(timeout=0.2)  # its read is over before the next one is asked for
+            loader.check()
+    loader.close()
+    assert served == ["a", "b", "c"]
+    assert len(reads.calls) <= 6, "what does not fit is not read over and over"
+
+
+def test_one_that_was_read_stays_until_it_is_fetched(reads):
+    loader = Loader(reads, 400, reads.ready.release)
+    loader.line_up(["a", "b"])
+    for name in ("a", "b"):
+        assert loader.get(name) is None
+        assert reads.ready.acquire(timeout=WAIT)
+    assert loader.get("a") is not None
+    loader.check()
+    loader.close()
+
+
+def test_the_more_urgent_one_puts_the_other_out(reads):
+    loader = Loader(reads, 400, reads.ready.release)
+    loader.line_up(["b"])
+    fetch(loader, reads, "b")
+    loader.line_up(["a", "b"])
+    assert fetch(loader, reads, "a").generation == "a"
+    for _ in range(5):
+        assert loader.get("b") is None
+        assert loader.get("a") is not None
+    loader.check()
+    assert reads.calls == ["b", "a"]
+    loader.line_up(["b"])
+    assert fetch(loader, reads, "b").generation == "b"
+    loader.close()
+
+
+def test_what_nobody_waits_for_goes_before_what_somebody_does(loader, reads):
+    fetch(loader, reads, "a")
+    fetch(loader, reads, "b")  # used last, and waited for by nobody
+    loader.line_up(["c", "a"])
+    fetch(loader, reads, "c")
+    assert loader.get("a") is not None
+    assert loader.evictions == 1
+    loader.check()
+
+
 def test_close_ends_the_threads(reads):
     loader = Loader(reads, 800, lambda: None, threads=3)
     loader.get("a")
@@ -156,7 +210,7 @@ def test_close_ends_the_threads(reads):
 
 
 class LoaderMachine(RuleBasedStateMachine):
-    """Gets, failures and forgets at random; after each the cache is what a simple model says."""
+    """Gets, lines, failures and forgets at random; after each the cache is what a simple model says."""
 
     names = st.sampled_from(["a", "b", "c", "d", "large"])
 
@@ -166,14 +220,40 @@ class LoaderMachine(RuleBasedStateMachine):
         self.loader = Loader(self.reads, 480, self.reads.ready.release, threads=1)
         self.order: list[str] = []
         self.waiting: set[str] = set()  # oversize, read and not fetched
+        self.line: list[str] = []
+        self.sized: set[str] = set()  # in the line, and read before
 
     def _loaded(self, name):
         if self.reads.sizes[name] > 480:
             self.waiting.add(name)
             return
+        self.sized |= {name} & set(self.line)
+        if self._room(name) < self.reads.sizes[name]:
+            return
         while sum(self.reads.sizes[other] for other in self.order) + self.reads.sizes[name] > 480:
-            self.order.pop(0)
+            last = max(self._place(other) for other in self.order)
+            self.order.remove(next(other for other in self.order if self._place(other) == last))
         self.order.append(name)
+
+    def _place(self, name):
+        return self.line.index(name) if name in self.line else len(self.line)
+
+    def _room(self, name):
+        ahead = [other for other in self.order if self._place(other) < self._place(name)]
+        return 480 - sum(self.reads.sizes[other] for other in ahead)
+
+    @rule(line=st.lists(names, unique=True))
+    def line_up(self, line):
+        self.loader.line_up(line)
+        self.line = line
+        self.sized = set(line) & (self.sized | set(self.order))
+
+    @rule()
+    def the_first_in_line_is_served(self):
+        """Whatever lies in the cache: at its second asking at the latest."""
+        if self.line:
+            self.get(self.line[0])
+            assert self.line[0] in (*self.order, *self.waiting) or self.reads.sizes[self.line[0]] > 480
 
     @rule(name=names)
     def get(self, name):
@@ -185,6 +265,8 @@ class LoaderMachine(RuleBasedStateMachine):
         elif name in self.waiting:
             assert adapter is not None
             self.waiting.discard(name)
+        elif name in self.sized and self._room(name) < self.reads.sizes[name]:
+            assert adapter is None
         else:
             assert adapter is None
             assert self.reads.ready.acquire(timeout=WAIT)
@@ -192,7 +274,7 @@ class LoaderMachine(RuleBasedStateMachine):
 
     @rule(name=names)
     def get_failing(self, name):
-        if name in self.order or name in self.waiting:
+        if name in self.order or name in self.waiting or name in self.sized:
             return
         self.reads.failing[name] = OSError("no")
         assert self.loader.get(name) is None
@@ -205,6 +287,7 @@ class LoaderMachine(RuleBasedStateMachine):
     def forget(self, name):
         self.loader.forget(name)
         self.waiting.discard(name)
+        self.sized.discard(name)
         if name in self.order:
             self.order.remove(name)
 
@@ -214,6 +297,7 @@ class LoaderMachine(RuleBasedStateMachine):
             return
         self.loader.check()
         assert self.loader.nbytes == sum(self.reads.sizes[name] for name in self.order)
+        assert not self.reads.ready.acquire(blocking=False), "a read that the model knows nothing of"
 
     def teardown(self):
         if hasattr(self, "loader"):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import shutil
 import struct
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -12,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from adapters.errors import AdapterError
-from adapters.peft_format import inspect_adapter, read_adapter
+from adapters.peft_format import inspect_adapter, mapped, read_adapter
+from adapters.pool import Pool
 from tests.adapters.samples import (
     make_config,
     make_layout,
@@ -331,3 +336,35 @@ def test_nothing_keeps_the_file_mapped(tmp_path):
         file.write(b"\0" * 512)
     assert torch.equal(adapter.deltas[0].a, before)
     save_file({"x": torch.ones(1)}, folder / "other.safetensors")
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_mapped_adapter_is_the_file_itself(tmp_path, stored):
+    """No copy and no descriptor; the pool gets the very values, though the file and its name are gone."""
+    tensors = {name: tensor.to(stored) for name, tensor in make_tensors(rank=20).items()}
+    folder = write_folder(tmp_path / "a", make_config(r=20), tensors)
+    copy = read_adapter(folder, "g", LAYOUT, torch.float32, 64)
+    descriptors = psutil.Process().num_fds()
+    adapter = read_adapter(folder, "g", LAYOUT, torch.float32, 64, mapped)
+    assert psutil.Process().num_fds() == descriptors
+    home = str(folder / "adapter_model.safetensors")
+    spans = [
+        tuple(int(bound, 16) for bound in line.split()[0].split("-"))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(home)
+    ]
+    for delta in adapter.deltas:
+        for factor in (delta.a, delta.b):
+            assert any(low <= factor.data_ptr() < high for low, high in spans)
+    assert adapter.nbytes == sum(tensor.nbytes for tensor in tensors.values())
+    shutil.rmtree(folder)
+    pools = [Pool(LAYOUT, dict.fromkeys(LAYOUT.groups, 2), torch.float32, "cpu") for _ in range(2)]
+    for pool, one in zip(pools, (adapter, copy), strict=True):
+        assert pool.admit(one)
+    for left, right in zip(pools[0].sites, pools[1].sites, strict=True):
+        assert torch.equal(left.a, right.a)
+        assert torch.equal(left.b, right.b)
+        assert torch.equal(left.scale, right.scale)
+    del adapter, delta, factor, one
+    gc.collect()
+    assert home not in Path("/proc/self/maps").read_text()

@@ -30,11 +30,14 @@ LAYOUT = make_layout()
 class Shop:
     """A registry over a folder, which can be closed and opened again."""
 
-    def __init__(self, root: Path, keep_versions: int = 5, files: FileOps | None = None) -> None:
+    def __init__(
+        self, root: Path, keep_versions: int = 5, files: FileOps | None = None, quota: int | None = None
+    ) -> None:
         self.root = root
         self.gone: list[str] = []
         self.now = 1000.0
         self.keep_versions = keep_versions
+        self.quota = quota
         self.pool = Pool(LAYOUT, dict.fromkeys(LAYOUT.groups, 2), torch.float32, "cpu")
         self.open(files=files)
 
@@ -47,6 +50,7 @@ class Shop:
             64,
             fits or self.pool.fits,
             keep_versions=self.keep_versions,
+            quota=self.quota,
             on_unreferenced=self.gone.append,
             clock=lambda: self.now,
         )
@@ -345,6 +349,8 @@ def test_a_generation_that_cannot_be_read_back_is_named(shop):
         shop.registry.read(generation)
     assert code(caught) == "adapter_load_failed"
     assert caught.value.findings
+    shop.reopen()  # the damage was done behind its back
+    assert shop.registry.entry("legal").state == "incompatible"
 
 
 def test_the_upload_bound(shop, tmp_path):

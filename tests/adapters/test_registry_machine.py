@@ -16,6 +16,7 @@ from adapters.store import hash_folder
 from tests.adapters.test_registry import Shop
 
 KEEP = 2
+ROOM = 3  # contents that the store's quota holds
 
 
 class RegistryMachine(RuleBasedStateMachine):
@@ -28,6 +29,8 @@ class RegistryMachine(RuleBasedStateMachine):
         self.shop = Shop(self.root, keep_versions=KEEP)
         self.folders = [self.shop.folder(seed) for seed in range(4)]
         self.generations = [hash_folder(folder) for folder in self.folders]
+        self.shop.quota = ROOM * sum(path.stat().st_size for path in self.folders[0].iterdir())
+        self.shop.reopen()
         self.versions: dict[str, list[tuple[int, str]]] = {}  # oldest first, the present one last
         self.held = []
 
@@ -36,9 +39,29 @@ class RegistryMachine(RuleBasedStateMachine):
         revision = past[-1][0] + 1 if past else 1
         self.versions[name] = [*past, (revision, generation)][-KEEP - 1 :]
 
+    def _needed(self):
+        """What may not be dropped: every version that is kept, and what is held."""
+        kept = {generation for past in self.versions.values() for _, generation in past}
+        return kept | {reference.generation for reference in self.held}
+
+    def _full(self, name, generation):
+        """Whether the content is one too many, with the version that the move would drop gone."""
+        before, past = self._needed(), self.versions.get(name)
+        self._moved(name, generation)
+        after = self._needed()
+        self.versions[name] = past or []
+        if not past:
+            del self.versions[name]
+        return generation not in before and len(after) > ROOM
+
     @rule(name=names, seed=seeds)
     def put(self, name, seed):
         generation = self.generations[seed]
+        if self._full(name, generation):
+            with pytest.raises(AdapterError) as caught:
+                self.shop.registry.put_folder(name, self.folders[seed])
+            assert caught.value.code == "store_full"
+            return
         same = name in self.versions and self.versions[name][-1][1] == generation
         put = self.shop.registry.put_folder(name, self.folders[seed])
         assert put.created is not same
@@ -49,7 +72,7 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule(name=names, seed=seeds, expected=seeds)
     def put_if_match(self, name, seed, expected):
         current = self.versions[name][-1][1] if name in self.versions else None
-        if current == self.generations[expected]:
+        if current == self.generations[expected] and not self._full(name, self.generations[seed]):
             self.shop.registry.put_folder(name, self.folders[seed], current)
             if current != self.generations[seed]:
                 self._moved(name, self.generations[seed])
@@ -113,15 +136,15 @@ class RegistryMachine(RuleBasedStateMachine):
         registry.check()
         entries = {entry.name: entry for entry in registry.entries()}
         assert entries.keys() == self.versions.keys()
-        needed = {reference.generation for reference in self.held}
         for name, past in self.versions.items():
             entry = entries[name]
             assert entry.state == "ready"
             assert entry.references == sum(held.generation == entry.generation for held in self.held)
             found = [(version.revision, version.generation) for version in registry.versions(name)]
             assert found == past[::-1]
-            needed |= {generation for _, generation in past}
+        needed = self._needed()
         assert needed <= self.shop.store.generations()
+        assert registry.stored_bytes <= self.shop.quota
         registry.sweep()
         assert needed == self.shop.store.generations()
 

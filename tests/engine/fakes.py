@@ -103,14 +103,18 @@ class FakeRunner:
 
 
 class FakeLoader:
-    """Reads end when the test says so."""
+    """Reads end when the test says so; `line` is who waits, as it was last told."""
 
     def __init__(self, adapters: dict[str, Adapter]) -> None:
         self.adapters = adapters
         self.here: set[str] = set()
         self.reading: list[str] = []
         self.failed: set[str] = set()
+        self.line: list[str] = []
         self.loads = 0
+
+    def line_up(self, generations):
+        self.line = list(generations)
 
     def get(self, generation):
         if generation in self.failed:

@@ -272,8 +272,10 @@ def test_stats_count_what_was_done():
     assert (stats.kv_blocks_used, stats.kv_blocks_total) == (0, 19)
     assert (stats.pages_used, stats.pages_total, stats.adapter_room) == (2, 10, 5)
     assert (stats.resident, stats.generated_tokens) == (("b",), 5)
-    assert (stats.adapter_loads, stats.adapter_evictions) == (1, 0)
-    assert stats.step_seconds > 0
+    assert (stats.adapter_loads, stats.adapter_copies.count, stats.adapter_evictions) == (1, 1, 0)
+    assert (stats.adapter_hits, stats.adapter_misses, stats.waiting_for) == (0, 1, ())
+    assert 0 < stats.prefill_step_seconds < stats.step_seconds
+    assert (stats.prefill_steps, stats.kv_block_size) == (2, 4)
 
 
 def test_an_idle_engine_does_not_step():

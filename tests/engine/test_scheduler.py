@@ -1,5 +1,6 @@
 """Who runs next: budgets, chunks, preemption, ageing, and that every sequence ends, whatever is thrown at it."""
 
+import threading
 from unittest.mock import patch
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from adapters.loader import Loader
 from server.engine import batch as batches
 from server.engine import scheduler as module
 from server.engine.sampler import sample
@@ -108,6 +110,22 @@ def test_an_adapter_on_its_way_stops_nobody():
     assert scheduled(parts) == [("base", 1), ("waits", 3)]
 
 
+def test_the_time_in_the_queue_ends_with_the_first_admission():
+    parts = Parts(ADAPTERS, blocks=5, tokens=64)
+    waits = sequence(range(7), generation="a", name="waits")
+    add(parts, waits)
+    with patch("server.engine.scheduler.time.perf_counter", lambda: waits.arrived + 2):
+        scheduled(parts)
+        assert waits.queued == 0, "its adapter is being read"
+        parts.loader.end_read()
+        scheduled(parts)
+        assert waits.queued == 2
+    parts.scheduler._preempt(waits)
+    scheduled(parts)
+    assert (waits.queued, len(parts.scheduler.running)) == (2, 1)
+    assert (parts.residency.hits, parts.residency.misses) == (1, 1)
+
+
 def test_an_adapter_that_cannot_be_read_is_rejected_alone():
     parts = Parts(ADAPTERS, tokens=64)
     add(parts, sequence(generation="a", name="bad"), sequence(name="base"))
@@ -136,6 +154,62 @@ def test_who_finds_no_room_is_passed_a_bounded_number_of_times():
     assert scheduled(parts) == [("holder", 1)], "nobody passes it any more"
     parts.scheduler.retire(parts.scheduler.find("holder"))
     assert scheduled(parts)[0] == ("wide", 3)
+
+
+def test_one_that_was_passed_and_must_be_read_again_goes_on_ageing():
+    """The host cache may lose what it read while a sequence finds no room: that must not start its count anew."""
+    parts = Parts(ADAPTERS, pages=4, sequences=2, tokens=64)
+    parts.loader.here |= set(parts.adapters)
+    add(parts, sequence(generation="c", name="holder", max_tokens=99))
+    scheduled(parts)
+    add(parts, sequence(generation="wide", name="wide"))
+    passed = 0
+    for i in range(MAX_PASSED + 5):
+        add(parts, sequence(name=f"young {i}"))
+        started = [name for name, _ in scheduled(parts) if name.startswith("young")]
+        for name in started:
+            parts.scheduler.retire(parts.scheduler.find(name))
+        passed += len(started)
+        parts.loader.here.discard("wide")
+    assert passed == MAX_PASSED
+
+
+def test_the_loader_hears_who_waits_in_order():
+    parts = Parts(ADAPTERS, pages=4, sequences=1, tokens=64)
+    parts.loader.here.add("a")
+    add(
+        parts,
+        *(sequence(generation=g, name=f"{i}") for i, g in enumerate(["a", "c", None, "wide", "c", "a"])),
+    )
+    scheduled(parts)
+    assert parts.loader.line == ["a", "c", "wide", "c", "a"]
+    scheduled(parts)
+    assert parts.loader.line == ["c", "wide", "c"], "one that is on the device needs no host memory"
+
+
+def test_many_adapters_share_a_host_cache_that_holds_one():
+    """Waiting for pages, they do not put each other out of host memory: each is read a few times, not at every step."""
+    adapters, reads, done = [make_adapter(str(i)) for i in range(5)], [], threading.Semaphore(0)
+    by_name = {adapter.generation: adapter for adapter in adapters}
+
+    def read(generation):
+        reads.append(generation)
+        return by_name[generation]
+
+    loader = Loader(read, adapters[0].nbytes, done.release, threads=1)
+    parts = Parts(adapters, pages=1, sequences=8, tokens=64, loader=loader)
+    add(parts, *(sequence(generation=a.generation, name=a.generation, max_tokens=4) for a in adapters))
+    for _ in range(200):
+        scheduled(parts)
+        done.acquire(timeout=0.02)
+        loader.check()
+        for one in [one for one in parts.scheduler.running if one.output_length == 4]:
+            parts.scheduler.retire(one)
+        if not parts.scheduler.running and not parts.scheduler.waiting:
+            break
+    loader.close()
+    assert not parts.scheduler.waiting
+    assert len(reads) <= 2 * len(adapters), reads
 
 
 def test_too_few_blocks_for_the_oldest_age_it_too():
@@ -181,7 +255,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.patch.start()
         self.count = 0
         self.open = {}  # request id -> its submit
-        self.passed = {}  # request id -> younger ones admitted while its adapter was at hand
+        self.passed = {}  # request id -> younger ones admitted since it was first passed with its adapter at hand
 
     @initialize(blocks=st.integers(11, 24), tokens=st.integers(8, 30), sequences=st.integers(1, 5))
     def build(self, blocks, tokens, sequences):
@@ -214,6 +288,18 @@ class SchedulerMachine(RuleBasedStateMachine):
     def end_read(self, well):
         self.parts.loader.end_read(well=well)
 
+    @precondition(lambda self: self.parts.loader.here)
+    @rule(which=st.integers(0))
+    def lose(self, which):
+        """The host cache puts one out."""
+        self.parts.loader.here.remove(sorted(self.parts.loader.here)[which % len(self.parts.loader.here)])
+
+    @rule(generation=st.sampled_from(["a", "b", "c", "wide"]))
+    def forget(self, generation):
+        """Its name has moved on; whoever asks for it again has it read again."""
+        self.parts.pool.forget(generation)
+        self.parts.loader.here.discard(generation)
+
     @rule(steps=st.integers(1, 4))
     def run(self, steps):
         for _ in range(steps):
@@ -241,12 +327,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._forward(batch)
 
     def _note_passed(self, queue, running):
+        """One that has been passed with its adapter at hand is passed a few times in all, whatever happens then."""
         started = {s.request_id for s in self.parts.scheduler.running} - running
         for place, older in enumerate(queue):
-            if older in self.parts.scheduler.waiting and self._at_hand(older.generation):
+            passed = self.passed[older.request_id]
+            if older in self.parts.scheduler.waiting and (passed or self._at_hand(older.generation)):
                 younger = {s.request_id for s in queue[place + 1 :]}
-                self.passed[older.request_id] += len(younger & started)
-                assert self.passed[older.request_id] <= FEW_PASSED
+                self.passed[older.request_id] = passed = passed + len(younger & started)
+                assert passed <= FEW_PASSED, "starved"
 
     def _at_hand(self, generation):
         return generation is None or generation in self.parts.loader.here

@@ -8,6 +8,7 @@ from pathlib import Path
 from adapters.errors import AdapterError, Finding
 from adapters.records import Version, check_name
 from adapters.registry import Entry, Put, Reference
+from adapters.tally import Tally
 from server.config import Settings
 from server.engine.sequence import EngineStats, Finished, Token
 from server.errors import QueueFullError
@@ -16,6 +17,13 @@ from server.text.tokenizer import Tokenizer
 from tests.server.text import samples
 
 ADAPTERS = {"legal": "1" * 64, "medical": "2" * 64}
+
+
+def tally(*seconds):
+    made = Tally()
+    for each in seconds:
+        made.add(each)
+    return made
 
 
 @dataclass
@@ -55,7 +63,7 @@ class FakeEngine:
                 if self.fail_after == count:
                     raise self.error
                 count += 1
-                yield Token(submit.request_id, id)
+                yield Token(submit.request_id, id, queued=0.01)
                 if id in submit.sampling.stop_token_ids:
                     reason = "stop"
                     break
@@ -71,22 +79,29 @@ class FakeEngine:
     def stats(self):
         return EngineStats(
             running=len(self.open),
-            waiting=0,
+            waiting=1,
             kv_blocks_used=2,
             kv_blocks_total=8,
+            kv_block_size=16,
             pages_used=3,
             pages_total=16,
             resident=(ADAPTERS["legal"],),
+            waiting_for=(ADAPTERS["medical"],),
             adapter_room=4,
             steps=7,
             prefill_tokens=70,
             decode_tokens=30,
             generated_tokens=32,
             step_seconds=0.5,
+            prefill_steps=2,
+            prefill_step_seconds=0.2,
             last_batch_sequences=2,
             last_batch_adapters=1,
             adapter_loads=1,
+            adapter_copies=tally(0.02),
             adapter_evictions=0,
+            adapter_hits=5,
+            adapter_misses=1,
             prefix_tokens=50,
             prefix_hits=20,
             preemptions=1,
@@ -122,6 +137,8 @@ class FakeRegistry:
     def __init__(self, root: Path):
         self.store = FakeStore(root)
         self.names = dict(ADAPTERS)
+        self.stored_bytes = 8192
+        self.uploaded_bytes = 4096
         self.held = 0
         self.resolved = 0
         self.refused = None
@@ -206,7 +223,10 @@ class FakeLoader:
     """Levels only."""
 
     nbytes: int = 1000
+    cached: int = 1
     evictions: int = 0
+    failures: int = 1
+    load_seconds: Tally = field(default_factory=lambda: tally(0.3))
     closed: bool = False
 
     def close(self):
