@@ -42,13 +42,15 @@ class Echo:
         offsets: list[int] = []
         length = 0
         for id in ids:
-            offsets.append(length)
-            piece = detokenizer.add(id)
             if given is not None and id in tokenizer.special_ids:
+                length += len(detokenizer.flush())
+                offsets.append(length)
                 name = tokenizer.name(id)  # stands in the text if the client wrote it
-                piece = name if given.startswith(name, length) else ""
-            pieces.append(piece)
-            length += len(piece)
+                length += len(name) if given.startswith(name, length) else 0
+            else:
+                offsets.append(length)
+                pieces.append(detokenizer.add(id))
+                length += len(pieces[-1])
         if given is None:
             return cls("".join(pieces), tuple(offsets), detokenizer)
         detokenizer.flush()

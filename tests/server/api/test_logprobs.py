@@ -2,8 +2,11 @@
 
 import pytest
 
+from server.api.generation import Echo
+from server.text.tokenizer import Tokenizer
 from tests.server.api.conftest import error, events
 from tests.server.fakes import logprobs_of
+from tests.server.text import samples
 
 TEXT = " the court grants relief"
 PROMPT = "the patient"
@@ -274,3 +277,16 @@ def test_a_chats_logprobs_without_others(client):
         assert {tuple(entry["top_logprobs"]) for entry in choice["logprobs"]["content"]} == {()}
     (choice,) = client.chat(logprobs=False, top_logprobs=0).json()["choices"]
     assert choice["logprobs"] is None
+
+
+def test_offsets_of_a_prompt_whose_bytes_are_held_back():
+    """With byte-fallback tokens a run of bytes is certain only at its end, which a special token is."""
+    tokenizer = Tokenizer(samples.byte_fallback())
+    text = "b€</s>a€b"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    echo = Echo.of(tokenizer, ids, text)
+    ends = [offset for id, offset in zip(ids, echo.offsets, strict=True) if id in tokenizer.special_ids]
+    assert echo.text == text
+    assert ends == [text.index("</s>")]
+    after = echo.detokenizer.copy()
+    assert (after.add(ids[-1]), after.flush()) == ("b", "")
