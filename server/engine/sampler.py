@@ -106,10 +106,12 @@ def _likeliest(logits: Tensor, count: int) -> Tensor:  # [rows, count] int64
 
     A float's bits, read as an integer and turned round where negative, are in the floats' order.
     """
-    bits = (logits + 0.0).view(torch.int32).long()  # -0 becomes 0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    ids = torch.arange(logits.shape[1], device=logits.device)
-    return ((ordered << 32) - ids).topk(count, dim=-1).indices
+    bits = (logits + 0.0).view(torch.int32)  # -0 becomes 0
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    keys = bits.long()
+    keys <<= 32
+    keys -= torch.arange(logits.shape[1], device=logits.device)
+    return keys.topk(count, dim=-1).indices
 
 
 def _shape(logits: Tensor, sequences: Rows[Sequence], mask: Tensor | None) -> Tensor:
