@@ -218,12 +218,13 @@ def test_echo_with_several_prompts_and_choices(client, world, stream):
             assert token.startswith("bytes:") or choice["text"][offset:].startswith(token)
 
 
-def test_a_prompt_that_ends_in_half_a_character_is_completed(client, world):
+def test_a_prompt_that_ends_in_half_a_character_is_completed_in_each_choice(client, world):
     head, *rest = world.tokenizer.encode("ᚠ")
     world.engine.reply = lambda submit: rest
-    choice, _ = whole(client, prompt=[*world.tokenizer.encode("ab"), head], echo=True)
-    assert choice["text"] == "abᚠ"
-    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 2, 2]
+    prompt = [*world.tokenizer.encode("ab"), head]
+    choices = client.complete(prompt=prompt, echo=True, logprobs=0, n=2).json()["choices"]
+    assert [choice["text"] for choice in choices] == ["abᚠ"] * 2
+    assert [choice["logprobs"]["text_offset"] for choice in choices] == [[0, 1, 2, 2, 2]] * 2
 
 
 def test_a_stop_string_in_the_prompt_stops_nothing(client):
