@@ -194,6 +194,8 @@ def generation_defaults(servable: ServableModel) -> GenerationDefaults:
         temperature=float(given.get("temperature", fallback.temperature)),
         top_p=float(given.get("top_p", fallback.top_p)),
         top_k=int(given.get("top_k", fallback.top_k)),
+        min_p=float(given.get("min_p", fallback.min_p)),
+        repetition_penalty=float(given.get("repetition_penalty", fallback.repetition_penalty)),
     )
 
 

@@ -167,6 +167,35 @@ def test_two_hundred_swaps_leave_nothing_behind(served, tmp_path):
     check(served)
 
 
+def test_a_name_that_moved_reads_nothing_of_what_it_was(served):
+    """KV blocks are kept by generation: by name, the new content would read the old one's keys and values."""
+    prompt = served.tokenizer.encode("Q: What is discharge?\nA:" * 6)
+
+    def ask(**given):
+        async def tokens():
+            with served.registry.resolve("swapped") as reference:
+                sampling = Sampling(4, temperature=1.0, seed=3, repetition_penalty=1.2, logprobs=5, **given)
+                submit = Submit("ask", prompt, sampling, reference.generation)
+                events = [event async for event in served.engine.stream(submit)]
+            return [(event.token_id, event.logprobs) for event in events if isinstance(event, Token)]
+
+        return asyncio.run(tokens())
+
+    told = {}
+    for name in ("finance", "legal", "finance"):
+        served.registry.put_folder("swapped", DEMO / "adapters" / name)
+        computed = ask(prompt_logprobs=0)  # takes up no blocks
+        before = served.engine.stats().prefix_hits
+        assert ask() == computed
+        assert served.engine.stats().prefix_hits > before
+        told.setdefault(name, computed)
+        assert told[name] == computed
+    assert told["finance"] != told["legal"]
+    for name in ("finance", "legal"):
+        served.registry.put_folder("swapped", DEMO / "adapters" / name)
+        assert ask() == told[name]
+
+
 async def _quiet(served) -> None:
     """Until the engine has carried out what is in its inbox."""
     for _ in range(200):

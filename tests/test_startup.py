@@ -210,7 +210,9 @@ class TestGenerationConfig:
 
     def test_defaults_of_the_authors(self, generation):
         servable = generation(do_sample=True, temperature=0.6, top_p=0.9, top_k=20)
-        assert startup.generation_defaults(servable) == GenerationDefaults(0.6, 0.9, 20)
+        assert startup.generation_defaults(servable) == GenerationDefaults(0.6, 0.9, 20, 0.0, 1.0)
+        servable = generation(do_sample=True, min_p=0.05, repetition_penalty=1.1)
+        assert startup.generation_defaults(servable) == GenerationDefaults(1.0, 1.0, 0, 0.05, 1.1)
 
     def test_defaults_of_the_api_where_the_authors_say_nothing(self, generation):
         """transformers' own default of top_k = 50 is not the authors' word."""

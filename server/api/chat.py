@@ -4,30 +4,48 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from server.api.asgi import read_json
-from server.api.generation import Ids, Lengths
-from server.api.reply import Call, Format, answer
+from server.api.generation import Lengths, Prompt, Scored
+from server.api.reply import Call, Fields, Format, answer, bounded
 from server.api.schemas.generation import CHAT_NEUTRAL, ChatRequest
 from server.errors import InvalidRequestError
 from server.serving import EdgeOf, Served
-from server.text.tokenizer import ChatTemplateError
+from server.text.tokenizer import ChatTemplateError, Tokenizer
 
 router = APIRouter(prefix="/v1", tags=["generation"])
 
 
-def _message(text: str) -> dict[str, Any]:
+def _message(text: str) -> Fields:
     return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
 
-def _delta(text: str, first: bool) -> dict[str, Any]:
+def _delta(text: str, first: bool) -> Fields:
     return {"delta": {"role": "assistant", "content": text} if first else {"content": text}}
 
 
-FORMAT = Format("chatcmpl-", "chat.completion", "chat.completion.chunk", _message, _delta)
+def _logprobs(tokenizer: Tokenizer, scored: Sequence[Scored]) -> Fields:
+    def entry(id: int, logprob: float) -> Fields:
+        return {
+            "token": tokenizer.name(id),
+            "logprob": bounded(logprob),
+            "bytes": list(tokenizer.piece(id)),
+        }
+
+    content = [
+        {
+            **entry(each.token_id, each.logprobs.logprob),
+            "top_logprobs": [entry(*likely) for likely in each.logprobs.top],
+        }
+        for each in scored
+        if each.logprobs is not None
+    ]
+    return {"content": content, "refusal": None}
+
+
+FORMAT = Format("chatcmpl-", "chat.completion", "chat.completion.chunk", _message, _delta, _logprobs)
 
 
 @router.post(
@@ -41,22 +59,18 @@ async def create_chat_completion(request: Request, edge: EdgeOf) -> Response:
     served = edge.serving.ready()
     body = await read_json(request, ChatRequest)
     body.refuse_unsupported(CHAT_NEUTRAL)
+    body.refuse_conflicts()
 
-    async def encode() -> Sequence[Ids]:
+    async def encode() -> Sequence[Prompt]:
         return [await asyncio.to_thread(_encode, body, served)]
 
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return await answer(Call(request, edge, served, body, FORMAT), Lengths(asked, None), encode)
 
 
-def _encode(body: ChatRequest, served: Served) -> Ids:
-    tokenizer = served.tokenizer
+def _encode(body: ChatRequest, served: Served) -> Prompt:
     messages = [{"role": message.role, "content": message.text} for message in body.messages]
-    if not tokenizer.knows_role("developer"):
-        for message in messages:
-            if message["role"] == "developer":
-                message["role"] = "system"
     try:
-        return tokenizer.encode_chat(messages, body.chat_template_kwargs)
+        return Prompt(served.tokenizer.encode_chat(messages, body.chat_template_kwargs))
     except ChatTemplateError as error:
         raise InvalidRequestError(f"messages: {error}", param="messages") from None

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from server.api.asgi import read_json
-from server.api.generation import Ids, Lengths, check_ids
-from server.api.reply import Call, Format, answer
-from server.api.schemas.generation import CompletionRequest
+from server.api.generation import Echo, Lengths, Prompt, Scored, check_ids
+from server.api.reply import Call, Fields, Format, answer, bounded
+from server.api.schemas.generation import COMPLETION_NEUTRAL, CompletionRequest
 from server.errors import InvalidRequestError
 from server.serving import EdgeOf, Served
+from server.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 INLINE = 2000  # characters that are encoded sooner than a thread could be asked to
@@ -21,15 +21,37 @@ INLINE = 2000  # characters that are encoded sooner than a thread could be asked
 router = APIRouter(prefix="/v1", tags=["generation"])
 
 
-def _text(text: str) -> dict[str, Any]:
+def _text(text: str) -> Fields:
     return {"text": text}
 
 
-def _delta(text: str, _first: bool) -> dict[str, Any]:
+def _delta(text: str, _first: bool) -> Fields:
     return {"text": text}
 
 
-FORMAT = Format("cmpl-", "text_completion", "text_completion", _text, _delta)
+def _logprobs(tokenizer: Tokenizer, scored: Sequence[Scored]) -> Fields:
+    """Lists of equal length; a prompt's first token has null in place of its numbers."""
+    return {
+        "tokens": [tokenizer.name(each.token_id) for each in scored],
+        "token_logprobs": [
+            None if each.logprobs is None else bounded(each.logprobs.logprob) for each in scored
+        ],
+        "top_logprobs": [_likeliest(tokenizer, each) for each in scored],
+        "text_offset": [each.offset for each in scored],
+    }
+
+
+def _likeliest(tokenizer: Tokenizer, scored: Scored) -> dict[str, float] | None:
+    """The likeliest tokens and the chosen one; of several with one name the likeliest."""
+    if scored.logprobs is None:
+        return None
+    found: dict[str, float] = {}
+    for id, logprob in (*scored.logprobs.top, (scored.token_id, scored.logprobs.logprob)):
+        found.setdefault(tokenizer.name(id), bounded(logprob))
+    return found
+
+
+FORMAT = Format("cmpl-", "text_completion", "text_completion", _text, _delta, _logprobs)
 
 
 @router.post(
@@ -42,10 +64,11 @@ async def create_completion(request: Request, edge: EdgeOf) -> Response:
     """Continue one or several prompts, with the base or with the adapter that `adapter` or `model` names."""
     served = edge.serving.ready()
     body = await read_json(request, CompletionRequest)
-    body.refuse_unsupported()
+    body.refuse_unsupported(COMPLETION_NEUTRAL)
+    body.refuse_conflicts()
 
-    async def encode() -> Sequence[Ids]:
-        if sum(map(len, body.prompts)) <= INLINE:
+    async def encode() -> Sequence[Prompt]:
+        if sum(map(len, body.prompts)) <= INLINE and not body.echo:
             return _encode(body, served)
         return await asyncio.to_thread(_encode, body, served)
 
@@ -53,8 +76,8 @@ async def create_completion(request: Request, edge: EdgeOf) -> Response:
     return await answer(call, Lengths(body.max_tokens, DEFAULT_MAX_TOKENS), encode)
 
 
-def _encode(body: CompletionRequest, served: Served) -> list[Ids]:
-    found: list[Ids] = []
+def _encode(body: CompletionRequest, served: Served) -> list[Prompt]:
+    found: list[Prompt] = []
     for prompt in body.prompts:
         if isinstance(prompt, str):
             ids = served.tokenizer.encode(prompt)
@@ -62,5 +85,6 @@ def _encode(body: CompletionRequest, served: Served) -> list[Ids]:
             ids = check_ids(prompt, served.vocab_size, "prompt")
         if not ids:
             raise InvalidRequestError("prompt: has no tokens", param="prompt")
-        found.append(ids)
+        given = prompt if isinstance(prompt, str) else None
+        found.append(Prompt(ids, Echo.of(served.tokenizer, ids, given) if body.echo else None))
     return found

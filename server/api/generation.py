@@ -1,7 +1,8 @@
 """The sequences of one request: what the engine is asked to run, and the pieces of text that come of it.
 
 From a checked body and its prompts' ids to `Submit`s: lengths, seeds, defaults, stop tokens. Then tokens become text,
-cut at stop strings, and are counted. Knows nothing of HTTP or of the shape of an answer.
+cut at stop strings, and are counted; a token's logprobs go with the text that it came with, or the next there is. Knows
+nothing of HTTP or of the shape of an answer.
 """
 
 from __future__ import annotations
@@ -11,16 +12,65 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from server.api.schemas.generation import GenerationRequest
-from server.engine.sequence import Finished, FinishReason, Sampling, Submit, Token
+from server.api.schemas.generation import Body
+from server.engine.sequence import Finished, FinishReason, Logprobs, PromptLogprobs, Sampling, Submit, Token
 from server.errors import ContextLengthError, InvalidRequestError, NotReadyError, QueueFullError
 from server.metrics import Ending, Metrics, Outcome, TokenClock
 from server.serving import Served
-from server.text.tokenizer import StopChecker
+from server.text.tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
 
 Ids = tuple[int, ...]
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt as it is shown again: its text, where in it each token begins, and a decoder that goes on behind it."""
+
+    text: str
+    offsets: tuple[int, ...]
+    detokenizer: IncrementalDetokenizer
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, ids: Ids, given: str | None) -> Echo:
+        """`given` is the text that the ids were made from, if they were, and is shown as it is."""
+        detokenizer = tokenizer.detokenizer()
+        pieces: list[str] = []
+        offsets: list[int] = []
+        length = 0
+        for id in ids:
+            if given is not None and id in tokenizer.special_ids:
+                length += len(detokenizer.flush())
+                offsets.append(length)
+                name = tokenizer.name(id)  # stands in the text if the client wrote it
+                length += len(name) if given.startswith(name, length) else 0
+            else:
+                offsets.append(length)
+                pieces.append(detokenizer.add(id))
+                length += len(pieces[-1])
+        if given is None:
+            return cls("".join(pieces), tuple(offsets), detokenizer)
+        detokenizer.flush()
+        return cls(given, tuple(min(offset, len(given)) for offset in offsets), detokenizer)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one prompt is for the model, and how it is shown again if that was asked for."""
+
+    ids: Ids
+    echo: Echo | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One sequence that is asked for."""
+
+    submit: Submit
+    echo: Echo | None
 
 
 @dataclass(frozen=True)
@@ -31,27 +81,60 @@ class Lengths:
     default: int | None  # None: all the room there is
 
 
-def submits_for(
-    body: GenerationRequest, lengths: Lengths, prompts: Sequence[Ids], served: Served, generation: str | None
-) -> list[Submit]:
-    """One `Submit` per choice, those of one prompt side by side; choice k of a prompt draws with seed + k."""
+def choices_for(
+    body: Body, lengths: Lengths, prompts: Sequence[Prompt], served: Served, generation: str | None
+) -> list[Choice]:
+    """The choices of one prompt side by side; choice k of a prompt draws with seed + k."""
     unique = secrets.token_hex(8)  # a client may send one request id twice, the engine must not see it twice
-    stop_ids = _stop_ids(body, served)
-    found: list[Submit] = []
+    found: list[Choice] = []
     for prompt in prompts:
-        max_tokens = _max_tokens(lengths, len(prompt), served.max_model_len)
-        seed = served.seeds.getrandbits(63) if body.seed is None else body.seed
+        sampling = _sampling(body, lengths, prompt, served)
         for k in range(body.n):
-            sampling = Sampling(
-                max_tokens=max_tokens,
-                temperature=served.defaults.temperature if body.temperature is None else body.temperature,
-                top_p=served.defaults.top_p if body.top_p is None else body.top_p,
-                top_k=served.defaults.top_k if body.top_k is None else max(0, body.top_k),
-                seed=_int64(seed + k),
-                stop_token_ids=stop_ids,
+            submit = Submit(
+                f"{unique}-{len(found)}",
+                prompt.ids,
+                replace(sampling, seed=_int64(sampling.seed + k)),
+                generation,
             )
-            found.append(Submit(f"{unique}-{len(found)}", prompt, sampling, generation))
+            found.append(Choice(submit, prompt.echo))
     return found
+
+
+def _sampling(body: Body, lengths: Lengths, prompt: Prompt, served: Served) -> Sampling:
+    """What the body says, else what the model's authors or the API say, for the prompt's first choice."""
+    defaults = served.defaults
+    max_tokens = _max_tokens(lengths, len(prompt.ids), served.max_model_len)
+    if (body.min_tokens or 0) > max_tokens:
+        raise InvalidRequestError(
+            f"min_tokens: {body.min_tokens} is more than the {max_tokens} tokens that may come at most",
+            param="min_tokens",
+        )
+    return Sampling(
+        max_tokens=max_tokens,
+        temperature=_or(body.temperature, defaults.temperature),
+        top_p=_or(body.top_p, defaults.top_p),
+        top_k=max(0, _or(body.top_k, defaults.top_k)),
+        min_p=_or(body.min_p, defaults.min_p),
+        repetition_penalty=_or(body.repetition_penalty, defaults.repetition_penalty),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=_biases(body, served),
+        min_tokens=body.min_tokens or 0,
+        seed=served.seeds.getrandbits(63) if body.seed is None else body.seed,
+        stop_token_ids=_stop_ids(body, served),
+        logprobs=body.top,
+        prompt_logprobs=None if prompt.echo is None else body.top,
+    )
+
+
+def _or(given: Number | None, default: Number) -> Number:
+    return default if given is None else given
+
+
+def _biases(body: Body, served: Served) -> tuple[tuple[int, float], ...]:
+    given = {int(id): value for id, value in (body.logit_bias or {}).items()}
+    check_ids(list(given), served.vocab_size, "logit_bias")
+    return tuple(given.items())
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> Ids:
@@ -64,7 +147,7 @@ def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> Ids:
     return tuple(ids)
 
 
-def _stop_ids(body: GenerationRequest, served: Served) -> frozenset[int]:
+def _stop_ids(body: Body, served: Served) -> frozenset[int]:
     given = check_ids(body.stop_token_ids or (), served.vocab_size, "stop_token_ids")
     return frozenset(given) if body.ignore_eos else frozenset(given) | served.eos_token_ids
 
@@ -72,18 +155,27 @@ def _stop_ids(body: GenerationRequest, served: Served) -> frozenset[int]:
 def _max_tokens(lengths: Lengths, prompt: int, limit: int) -> int:
     room = limit - prompt
     asked = lengths.asked
-    if room < max(1, asked or 1):
+    if room < (1 if asked is None else asked):
         wanted = f" and {asked} are asked for" if asked is not None else ""
         raise ContextLengthError(
             f"the model takes {limit} tokens; the prompt has {prompt}{wanted}; shorten one of them",
             param="prompt",
         )
-    return asked or min(room, lengths.default or room)
+    return min(room, lengths.default or room) if asked is None else asked
 
 
 def _int64(value: int) -> int:
     """`value` wrapped into 64 signed bits."""
     return (value + 2**63) % 2**64 - 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A token that is told with its logprobs. A prompt's first token follows nothing and has none."""
+
+    token_id: int
+    logprobs: Logprobs | None
+    offset: int  # characters of the choice's text before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +185,66 @@ class Piece:
     choice: int
     text: str
     tokens: int
+    scored: tuple[Scored, ...] = ()  # these tokens, and those of an echoed prompt, if logprobs were asked for
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or token id that ended it, if the caller gave one
+
+
+class Transcript:
+    """The text of one choice while it grows, and what of it has not been given out in a piece."""
+
+    def __init__(self, tokenizer: Tokenizer, index: int, choice: Choice, stops: Sequence[str]) -> None:
+        echo, self._sampling = choice.echo, choice.submit.sampling
+        self._index = index
+        self._choice = choice
+        self._detokenizer = tokenizer.detokenizer() if echo is None else echo.detokenizer.copy()
+        self._checker = StopChecker(stops)
+        self._text = "" if echo is None else echo.text
+        self._length = len(self._text)  # of all text, that which is held back included
+        self._generated = 0  # tokens
+        self._tokens = 0  # of these, since the last piece
+        self._scored: list[Scored] = []
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that was found; nothing after it is shown."""
+        return self._checker.matched
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is text to give out."""
+        return bool(self._text)
+
+    def score_prompt(self, logprobs: Sequence[Logprobs]) -> None:
+        """The echoed prompt's tokens have become known."""
+        assert self._choice.echo is not None, "nobody asked for them"
+        ids, offsets = self._choice.submit.prompt, self._choice.echo.offsets
+        self._scored += map(Scored, ids, (None, *logprobs), offsets)
+
+    def add(self, id: int, logprobs: Logprobs | None) -> None:
+        """The next token. One that ends the sequence is not shown."""
+        self._generated += 1
+        self._tokens += 1
+        if logprobs is not None:
+            self._scored.append(Scored(id, logprobs, self._length))
+        if id not in self._sampling.stop_token_ids:
+            self._show(self._detokenizer.add(id))
+
+    def end(self) -> None:
+        """No more tokens come."""
+        self._show(self._detokenizer.flush())
+        self._text += self._checker.flush()
+
+    def take(self, reason: FinishReason | None = None, stop: str | int | None = None) -> Piece:
+        """All that has come since the last piece."""
+        piece = Piece(self._index, self._text, self._tokens, tuple(self._scored), reason, stop)
+        self._text, self._tokens, self._scored = "", 0, []
+        return piece
+
+    def _show(self, text: str) -> None:
+        self._length += len(text)
+        early = self._generated <= self._sampling.min_tokens
+        self._text += text if early else self._checker.feed(text)
 
 
 class Generation:
@@ -105,22 +255,26 @@ class Generation:
         served: Served,
         metrics: Metrics,
         adapter: str | None,
-        submits: Sequence[Submit],
+        choices: Sequence[Choice],
         stops: Sequence[str],
         prompt_tokens: int,
     ) -> None:
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
-        self.choices = len(submits)
+        self.choices = len(choices)
         self._metrics = metrics
         self._adapter = adapter
         self._began = time.perf_counter()
         self._outcome: Outcome = "cancelled"
         self._clocks = {
-            index: metrics.token_clock(adapter, len(submit.prompt)) for index, submit in enumerate(submits)
+            index: metrics.token_clock(adapter, len(choice.submit.prompt))
+            for index, choice in enumerate(choices)
         }
         streams = [
-            _pieces(served, self._clocks[index], index, submit, stops) for index, submit in enumerate(submits)
+            _pieces(
+                served, self._clocks[index], choice.submit, Transcript(served.tokenizer, index, choice, stops)
+            )
+            for index, choice in enumerate(choices)
         ]
         self._pieces = streams[0] if len(streams) == 1 else _merged(streams)
 
@@ -167,37 +321,32 @@ class Generation:
 
 
 async def _pieces(
-    served: Served, clock: TokenClock, choice: int, submit: Submit, stops: Sequence[str]
+    served: Served, clock: TokenClock, submit: Submit, transcript: Transcript
 ) -> AsyncGenerator[Piece, None]:
     """One sequence's text. Closing it, or finding a stop string, aborts the sequence."""
-    detokenizer = served.tokenizer.detokenizer()
-    checker = StopChecker(stops)
     last: int | None = None
-    tokens = 0  # received since the last piece
     async with aclosing(served.engine.stream(submit)) as events:
         async for event in events:
             match event:
+                case PromptLogprobs():
+                    transcript.score_prompt(event.logprobs)
                 case Token(token_id=last):
                     clock.tick(event.queued)
-                    tokens += 1
-                    if last in submit.sampling.stop_token_ids:
-                        continue  # it ends the sequence and is not shown
-                    text = checker.feed(detokenizer.add(last))
-                    if checker.matched is not None:
-                        yield Piece(choice, text, tokens, "stop", checker.matched)
+                    transcript.add(last, event.logprobs)
+                    if transcript.stop is not None:
+                        yield transcript.take("stop", transcript.stop)
                         return
-                    if text:
-                        yield Piece(choice, text, tokens)
-                        tokens = 0
+                    if transcript.has_text:
+                        yield transcript.take()
                 case Finished(reason="abort"):
                     raise NotReadyError("the server stopped before the completion had ended")
                 case Finished(reason=reason):
-                    text = checker.feed(detokenizer.flush())
-                    if checker.matched is not None:
-                        yield Piece(choice, text, tokens, "stop", checker.matched)
+                    transcript.end()
+                    if transcript.stop is not None:
+                        yield transcript.take("stop", transcript.stop)
                         return
                     theirs = reason == "stop" and last is not None and last not in served.eos_token_ids
-                    yield Piece(choice, text + checker.flush(), tokens, reason, last if theirs else None)
+                    yield transcript.take(reason, last if theirs else None)
 
 
 async def _merged(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:

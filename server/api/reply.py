@@ -19,15 +19,17 @@ from starlette.types import Receive, Scope, Send
 
 from server.api.asgi import ClientGoneError, request_id_of, unless_gone
 from server.api.envelope import as_error, envelope
-from server.api.generation import Generation, Ids, Lengths, Piece, submits_for
-from server.api.schemas.generation import GenerationRequest, StreamOptions
+from server.api.generation import Generation, Lengths, Piece, Prompt, Scored, choices_for
+from server.api.schemas.generation import Body, StreamOptions
 from server.api.selection import Target, select
 from server.errors import InvalidRequestError
 from server.serving import Edge, Served
+from server.text.tokenizer import Tokenizer
 
 Fields = dict[str, Any]
 
 DONE = b"data: [DONE]\n\n"
+LEAST_LOGPROB = -9999.0  # JSON has no infinity; vLLM's
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Format:
     chunk: str  # and of a chunk
     choice: Callable[[str], Fields]  # a whole choice's text
     delta: Callable[[str, bool], Fields]  # a piece of text; whether it is the choice's first
+    logprobs: Callable[[Tokenizer, Sequence[Scored]], Fields]
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,12 @@ class Call:
     request: Request
     edge: Edge
     served: Served
-    body: GenerationRequest
+    body: Body
     format: Format
+
+    def logprobs(self, scored: Sequence[Scored]) -> Fields | None:
+        """None where no tokens are told, because none were asked for or none have come."""
+        return self.format.logprobs(self.served.tokenizer, scored) if scored else None
 
 
 class EventStream(StreamingResponse):
@@ -77,7 +84,7 @@ class EventStream(StreamingResponse):
             await self._close()
 
 
-async def answer(call: Call, lengths: Lengths, encode: Callable[[], Awaitable[Sequence[Ids]]]) -> Response:
+async def answer(call: Call, lengths: Lengths, encode: Callable[[], Awaitable[Sequence[Prompt]]]) -> Response:
     """The response to `call`. Every path out of here releases the adapter and ends the sequences."""
     body, served, edge, receive = call.body, call.served, call.edge, call.request.receive
     async with AsyncExitStack() as stack:
@@ -87,17 +94,16 @@ async def answer(call: Call, lengths: Lengths, encode: Callable[[], Awaitable[Se
         most = edge.settings.max_queued_requests
         if len(prompts) * body.n > most:
             raise InvalidRequestError(f"prompts times n must be at most {most}", param="prompt")
-        submits = submits_for(body, lengths, prompts, served, target.generation)
-        prompt_tokens = sum(map(len, prompts))
-        generation = Generation(served, edge.metrics, target.adapter, submits, body.stops, prompt_tokens)
+        choices = choices_for(body, lengths, prompts, served, target.generation)
+        prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+        generation = Generation(served, edge.metrics, target.adapter, choices, body.stops, prompt_tokens)
         stack.push_async_callback(generation.aclose)
         head = _head(call, target)
         if not body.stream:
-            whole = await unless_gone(receive, _whole(generation, call.format, head))
+            whole = await unless_gone(receive, _whole(generation, call, head))
             return Response(orjson.dumps(whole), 200, target.headers, "application/json")
         first = await unless_gone(receive, anext(generation))
-        options = body.stream_options or StreamOptions()
-        chunks = _chunks(generation, first, call.format, {**head, "object": call.format.chunk}, options)
+        chunks = _chunks(generation, first, call, {**head, "object": call.format.chunk})
         return EventStream(chunks, stack.pop_all().aclose, target.headers)
 
 
@@ -110,30 +116,33 @@ def _head(call: Call, target: Target) -> Fields:
     }
 
 
-async def _whole(generation: Generation, format: Format, head: Mapping[str, Any]) -> Fields:
-    texts: list[list[str]] = [[] for _ in range(generation.choices)]
-    ends: dict[int, Fields] = {}
+async def _whole(generation: Generation, call: Call, head: Mapping[str, Any]) -> Fields:
+    pieces: list[list[Piece]] = [[] for _ in range(generation.choices)]
     async for piece in generation:
-        texts[piece.choice].append(piece.text)
-        if piece.finish_reason is not None:
-            ends[piece.choice] = _end(piece)
+        pieces[piece.choice].append(piece)
     choices = [
-        {"index": index, **format.choice("".join(parts)), "logprobs": None, **ends[index]}
-        for index, parts in enumerate(texts)
+        {
+            "index": index,
+            **call.format.choice("".join(piece.text for piece in its)),
+            "logprobs": call.logprobs([scored for piece in its for scored in piece.scored]),
+            **_end(its[-1]),
+        }
+        for index, its in enumerate(pieces)
     ]
     return {**head, "choices": choices, "usage": generation.usage}
 
 
 async def _chunks(
-    generation: Generation, first: Piece, format: Format, head: Mapping[str, Any], options: StreamOptions
+    generation: Generation, first: Piece, call: Call, head: Mapping[str, Any]
 ) -> AsyncGenerator[bytes, None]:
     """The events of a stream; an error becomes an event, because the status has been sent."""
+    options = call.body.stream_options or StreamOptions()
     begun: set[int] = set()
 
     def chunk(piece: Piece) -> bytes:
-        delta = format.delta(piece.text, piece.choice not in begun)
+        delta = call.format.delta(piece.text, piece.choice not in begun)
         begun.add(piece.choice)
-        choice = {"index": piece.choice, **delta, "logprobs": None, **_end(piece)}
+        choice = {"index": piece.choice, **delta, "logprobs": call.logprobs(piece.scored), **_end(piece)}
         usage = generation.usage if options.continuous_usage_stats else None
         return _event({**head, "choices": [choice], **({"usage": usage} if counted else {})})
 
@@ -151,6 +160,11 @@ async def _chunks(
 
 def _end(piece: Piece) -> Fields:
     return {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+
+
+def bounded(logprob: float) -> float:
+    """As JSON can say it."""
+    return max(logprob, LEAST_LOGPROB)
 
 
 def _event(data: Mapping[str, Any]) -> bytes:

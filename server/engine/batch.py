@@ -17,10 +17,14 @@ def in_row_order(batch: Iterable[Scheduled]) -> list[Scheduled]:
 
 
 def build(batch: list[Scheduled], residency: Residency, block_size: int) -> StepInputs:
-    """The step's rows, in the order of `batch`. Logits are asked for where a sequence reaches its newest token."""
+    """The step's rows, in the order of `batch`.
+
+    Logits are asked for where a sequence reaches its newest token, and after all those for rows of prompts.
+    """
     token_ids, positions, kv_index = [], [], []
     spans: list[Span] = []
     logits_rows: list[int] = []
+    prompt_rows: list[int] = []
     row = 0
     for item in batch:
         sequence, count = item.sequence, item.count
@@ -31,6 +35,7 @@ def build(batch: list[Scheduled], residency: Residency, block_size: int) -> Step
         positions.append(at)
         kv_index.append(blocks[at // block_size] * block_size + at % block_size)
         spans.append(Span(row, row + count, end, tuple(sequence.blocks)))
+        prompt_rows += (row + position - sequence.computed for position in item.scores)
         row += count
         if item.samples:
             logits_rows.append(row - 1)
@@ -38,7 +43,7 @@ def build(batch: list[Scheduled], residency: Residency, block_size: int) -> Step
         token_ids=np.concatenate(token_ids),
         positions=np.concatenate(positions),
         kv_index=np.concatenate(kv_index),
-        logits_rows=np.asarray(logits_rows, dtype=np.int64),
+        logits_rows=np.asarray(logits_rows + prompt_rows, dtype=np.int64),
         spans=tuple(spans),
         segments=_segments(batch, residency),
     )

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from server.engine import batch as batches
-from server.engine.sampler import sample
+from server.engine.sampler import Known, Pick, sample
 from server.engine.scheduler import Residency, Scheduled, Scheduler
 from server.engine.sequence import (
     Abort,
@@ -28,6 +28,7 @@ from server.engine.sequence import (
     Finished,
     FinishReason,
     Forget,
+    PromptLogprobs,
     Sequence,
     Stop,
     Submit,
@@ -153,8 +154,10 @@ class Engine:
         """Nobody holds this generation any more; its pages go when no running sequence reads them."""
         self._inbox.put(Forget(generation))
 
-    async def stream(self, submit: Submit) -> AsyncGenerator[Token | Finished, None]:
+    async def stream(self, submit: Submit) -> AsyncGenerator[PromptLogprobs | Token | Finished, None]:
         """The sequence's tokens, then one `Finished`. Closing the iterator early aborts the sequence.
+
+        Before them all come the prompt's logprobs, if they were asked for.
 
         Raises `QueueFullError` when too many wait, `InvalidRequestError` for what could never run, and the error of a
         sequence that failed.
@@ -282,7 +285,7 @@ class Engine:
             inputs = batches.build(batch, self.residency, self.scheduler.limits.block_size)
             logits = self.runner.forward(inputs)
             sampling = [item.sequence for item in batch if item.samples]
-            tokens = sample(logits, sampling)
+            picks = sample(logits, sampling, _known(batch))
         except torch.AcceleratorError:
             raise  # the device is in an unknown state: nothing can be retried
         except Exception:
@@ -296,22 +299,36 @@ class Engine:
                 ]
             half = len(batch) // 2
             return self._run(batch[:half]) + self._run(batch[half:])
+        broken = _keep_prompt_logprobs(batch, picks[len(sampling) :])
         for item in batch:
             item.sequence.computed += item.count
-        return [event for s, token in zip(sampling, tokens, strict=True) for event in self._advance(s, token)]
+        events: list[Event] = []
+        for sequence, pick in zip(sampling, picks, strict=False):
+            if sequence not in broken:
+                events += self._advance(sequence, pick)
+        return events + [self._fail_broken(sequence) for sequence in broken]
 
-    def _advance(self, sequence: Sequence, token: int | None) -> list[Event]:
+    def _advance(self, sequence: Sequence, pick: Pick | None) -> list[Event]:
         """Append a sampled token, and retire the sequence if it was the last."""
-        if token is None:
-            message = "the model's logits are not finite; the adapter's weights may overflow on this base"
-            return [self._fail(sequence, LoraplexError(message))]
-        sequence.tokens.append(token)
+        if pick is None:
+            return [self._fail_broken(sequence)]
+        events: list[Event] = []
+        sampling, name = sequence.sampling, sequence.request_id
+        if sampling.prompt_logprobs is not None and not sequence.output_length:
+            events.append(PromptLogprobs(name, tuple(sequence.prompt_logprobs)))
+        if not sampling.max_tokens:
+            return [*events, self._finish(sequence, "length")]
+        sequence.tokens.append(pick.token_id)
         self._counters.generated_tokens += 1
-        events: list[Event] = [Token(sequence.request_id, token, queued=sequence.queued)]
+        events.append(Token(name, pick.token_id, pick.logprobs, queued=sequence.queued))
         reason = sequence.finish_reason()
         if reason is not None:
             events.append(self._finish(sequence, reason))
         return events
+
+    def _fail_broken(self, sequence: Sequence) -> Failed:
+        message = "the model's logits are not finite; the adapter's weights may overflow on this base"
+        return self._fail(sequence, LoraplexError(message))
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> Finished:
         self.scheduler.retire(sequence)
@@ -345,3 +362,25 @@ class Engine:
                 counters.decode_tokens += 1
             else:
                 counters.prefill_tokens += item.count
+
+
+def _known(batch: list[Scheduled]) -> list[Known]:
+    """The tokens that follow the rows of prompts in this step."""
+    return [
+        Known(item.sequence.tokens[position + 1], item.sequence.sampling.prompt_logprobs or 0)
+        for item in batch
+        for position in item.scores
+    ]
+
+
+def _keep_prompt_logprobs(batch: list[Scheduled], picks: list[Pick | None]) -> list[Sequence]:
+    """Give each sequence the logprobs of its prompt; returns those whose logits are not numbers."""
+    broken: list[Sequence] = []
+    rows = iter(picks)
+    for item in batch:
+        found = [next(rows) for _ in item.scores]
+        kept = [pick.logprobs for pick in found if pick is not None and pick.logprobs is not None]
+        item.sequence.prompt_logprobs += kept
+        if len(kept) < len(found):
+            broken.append(item.sequence)
+    return broken

@@ -1,35 +1,175 @@
-"""Chooses each sequence's next token from its logits.
+"""Chooses each sequence's next token from its logits, and says how likely the model found it.
 
-Draws are counter-based: the noise of a token is a hash of (seed, output position, token id), so that a seed gives the
-same text in any batch, on any device and after a preemption. Knows nothing of scheduling or text.
+In this order, which is vLLM's: logprobs are taken from the model's own logits; `logit_bias` is added; ends are
+forbidden before `min_tokens`; the mask is added; the repetition penalty divides positive logits and multiplies negative
+ones, for tokens of prompt and output; from each token of the output the frequency penalty is subtracted as often as the
+token stands there, and the presence penalty once. Greedy takes the largest. Otherwise logits are divided by the
+temperature; `min_p`, `top_k` and `top_p` each forbid tokens of what the one before left; and one is drawn.
+
+Draws are counter-based: the noise of a token is a hash of (seed, output position, token id). That and the penalties are
+functions of the sequence's own tokens, so that a seed gives the same text in any batch, on any device and after a
+preemption. Knows nothing of scheduling or text.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from server.engine.sequence import Sequence
+from server.engine.sequence import Logprobs, Sequence
 
 _LEAST_TEMPERATURE = 1e-30  # greedy by any measure; what is smaller is 0 in float32
+_RANKED_ROWS = 32  # of which the likeliest are found at once: int64 keys take twice the room of logits
 
 
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """A row's token, and its logprobs if they were asked for."""
+
+    token_id: int
+    logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A row of a prompt: the token that follows it, and how many of the likeliest are asked for."""
+
+    token_id: int
+    top: int
+
+
+@torch.inference_mode()
 def sample(
-    logits: Tensor,  # [rows, vocabulary] float32
-    sequences: Rows[Sequence],  # one per row
-) -> list[int | None]:
-    """The next token of each row; None where a row's logits are not numbers."""
-    chosen = logits.argmax(dim=-1)
+    logits: Tensor,  # [sequences + known, vocabulary] float32
+    sequences: Rows[Sequence],  # whose next token is chosen: the first rows
+    known: Rows[Known] = (),  # the rows after them
+    mask: Tensor | None = None,  # [sequences, vocabulary] added: 0 or -inf
+) -> list[Pick | None]:
+    """Each row's token; None where its logits are not numbers or every token is forbidden. One read-back."""
+    own = logits[: len(sequences)]
+    shaped = _shape(own, sequences, mask)
+    chosen = shaped.argmax(dim=-1)
     drawn = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
-        chosen[rows] = _draw(logits[rows], [sequences[row] for row in drawn])
-    broken = ~torch.isfinite(logits.amax(dim=-1))
-    picked: list[int] = torch.where(broken, -1, chosen).tolist()
-    return [None if token < 0 else token for token in picked]
+        chosen[rows] = _draw(shaped[rows], [sequences[row] for row in drawn])
+    usable = torch.isfinite(logits.amax(dim=-1))
+    if shaped is not own:
+        usable[: len(sequences)] &= torch.isfinite(shaped.amax(dim=-1))
+    if known:
+        chosen = torch.cat((chosen, torch.tensor([row.token_id for row in known], device=logits.device)))
+    chosen = torch.where(usable, chosen, -1)
+    tops = [sequence.sampling.logprobs for sequence in sequences] + [row.top for row in known]
+    return _read_back(logits, chosen, tops)
+
+
+def _read_back(logits: Tensor, chosen: Tensor, tops: Rows[int | None]) -> list[Pick | None]:
+    """Tokens and the logprobs asked for, packed in float64, which holds ids and float32 exactly."""
+    asked = [row for row, top in enumerate(tops) if top is not None]
+    if not asked:
+        return [None if token < 0 else Pick(token) for token in chosen.tolist()]
+    most = min(max(tops[row] or 0 for row in asked), logits.shape[1])
+    rows = torch.tensor(asked, device=logits.device)
+    report = _report(logits[rows], chosen[rows], most)
+    packed = torch.cat((chosen.double(), report.flatten())).tolist()
+    picks = [None if token < 0 else Pick(int(token)) for token in packed[: len(tops)]]
+    width = 1 + 2 * most
+    for place, row in enumerate(asked):
+        pick = picks[row]
+        if pick is not None:
+            start = len(tops) + place * width
+            logprob, ids = packed[start], packed[start + 1 : start + 1 + most]
+            top = zip(map(int, ids), packed[start + 1 + most : start + width], strict=True)
+            picks[row] = Pick(pick.token_id, Logprobs(logprob, tuple(top)[: tops[row]]))
+    return picks
+
+
+def _report(logits: Tensor, tokens: Tensor, top: int) -> Tensor:  # [rows, 1 + 2 * top] float64
+    """Each row's logprob of its token, then the `top` likeliest ids, then their logprobs."""
+    logprobs = logits.log_softmax(dim=-1)
+    found = [logprobs.gather(1, tokens.clamp(min=0)[:, None]).double()]
+    if top:
+        ids = torch.cat([_likeliest(part, top) for part in torch.split(logits, _RANKED_ROWS)])
+        found += [ids.double(), logprobs.gather(1, ids).double()]
+    return torch.cat(found, dim=1)
+
+
+def _likeliest(logits: Tensor, count: int) -> Tensor:  # [rows, count] int64
+    """The ids of the largest logits; of equal ones the lower ids first, which topk alone does not promise.
+
+    A float's bits, read as an integer and turned round where negative, are in the floats' order.
+    """
+    bits = (logits + 0.0).view(torch.int32)  # -0 becomes 0
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    keys = bits.long()
+    keys <<= 32
+    keys -= torch.arange(logits.shape[1], device=logits.device)
+    return keys.topk(count, dim=-1).indices
+
+
+def _shape(logits: Tensor, sequences: Rows[Sequence], mask: Tensor | None) -> Tensor:
+    """Logits as bias, ends, mask and penalties make them; `logits` itself where nobody asks for any."""
+    asked = [s.sampling for s in sequences]
+    bias = [(row, id, value) for row, sampling in enumerate(asked) for id, value in sampling.logit_bias]
+    ends = [
+        (row, id)
+        for row, (s, sampling) in enumerate(zip(sequences, asked, strict=True))
+        if s.output_length < sampling.min_tokens
+        for id in sampling.stop_token_ids
+    ]
+    penalties = [_penalties(row, s) for row, s in enumerate(sequences) if _is_penalized(s)]
+    if not bias and not ends and not penalties:
+        return logits if mask is None else logits + mask
+    logits = logits.clone()
+    if bias:
+        rows, ids, values = torch.tensor(bias, dtype=torch.float64, device=logits.device).unbind(1)
+        at = (rows.long(), ids.long())
+        logits[at] = logits[at] + values.float()
+    if ends:
+        rows, ids = torch.tensor(ends, device=logits.device).unbind(1)
+        logits[rows, ids] = float("-inf")
+    if mask is not None:
+        logits += mask
+    if penalties:
+        _penalize(logits, np.concatenate(penalties, axis=1))
+    return logits
+
+
+def _is_penalized(sequence: Sequence) -> bool:
+    sampling = sequence.sampling
+    output_only = sampling.presence_penalty or sampling.frequency_penalty
+    return sampling.repetition_penalty != 1 or bool(output_only and sequence.output_length)
+
+
+def _penalties(row: int, sequence: Sequence) -> NDArray[np.float64]:  # [6, tokens]
+    """Row, id, repetition and frequency penalty, count, presence penalty of each distinct token that is penalized."""
+    sampling = sequence.sampling
+    output = np.asarray(sequence.tokens[sequence.prompt_length :], dtype=np.int64)
+    ids, counts = np.unique(output, return_counts=True)
+    if sampling.repetition_penalty != 1:
+        unsaid = np.setdiff1d(sequence.prompt_ids(), ids, assume_unique=True)
+        ids, counts = np.concatenate((ids, unsaid)), np.concatenate((counts, np.zeros_like(unsaid)))
+    each = [row, sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty]
+    rows, repetition, frequency, presence = np.broadcast_to(np.array(each)[:, None], (4, len(ids)))
+    return np.stack((rows, ids, repetition, frequency, counts, presence))
+
+
+def _penalize(logits: Tensor, penalties: NDArray[np.float64]) -> None:
+    """In place: each (row, id) stands in `penalties` once."""
+    rows, ids, *others = torch.from_numpy(penalties).to(logits.device)
+    at = (rows.long(), ids.long())
+    repetition, frequency, counts, presence = (each.float() for each in others)
+    values = logits[at]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values = values - frequency * counts
+    logits[at] = values - presence * (counts > 0)
 
 
 def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
@@ -40,6 +180,12 @@ def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
 
     temperatures = [max(s.sampling.temperature, _LEAST_TEMPERATURE) for s in sequences]
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / column(temperatures, torch.float32)
+    min_p = [s.sampling.min_p for s in sequences]
+    if (
+        max(min_p) > 0
+    ):  # the likeliest is at 0, so the bound on a probability's share of its is one on `scaled`
+        least = column((math.log(p) if p else -math.inf for p in min_p), torch.float32)
+        scaled = scaled.masked_fill(scaled < least, float("-inf"))
     top_k = [s.sampling.top_k or logits.shape[1] for s in sequences]
     top_p = [s.sampling.top_p for s in sequences]
     if min(top_k) < logits.shape[1] or min(top_p) < 1:

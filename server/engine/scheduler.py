@@ -83,6 +83,13 @@ class Scheduled:
         """Whether the step reaches the sequence's newest token, so that the next one is drawn."""
         return self.count == self.sequence.missing
 
+    @property
+    def scores(self) -> range:
+        """The positions in the prompt whose rows give logprobs of the tokens after them."""
+        sequence = self.sequence
+        end = min(sequence.computed + self.count, sequence.prompt_length - 1)
+        return range(max(sequence.computed, sequence.scored), end)
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -203,11 +210,15 @@ class Scheduler:
         return admission
 
     def _take_up_prefix(self, sequence: Sequence) -> None:
-        """Begin with the blocks that hold the same text of the same generation; the newest token is always computed."""
+        """Begin with the blocks that hold the same text of the same generation.
+
+        The newest token is always computed, and so is all that logprobs of the prompt are still wanted from.
+        """
         length = len(sequence.tokens)
-        reused = self.blocks.reuse(
-            sequence.blocks, self._hashes(sequence, (length - 1) // self.limits.block_size)
-        )
+        most = length - 1
+        if sequence.scored < sequence.prompt_length - 1:
+            most = sequence.scored
+        reused = self.blocks.reuse(sequence.blocks, self._hashes(sequence, most // self.limits.block_size))
         sequence.remembered = reused
         sequence.computed = reused * self.limits.block_size
         self.prefix_tokens += length

@@ -10,6 +10,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from adapters.tally import Tally
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -19,8 +22,11 @@ FinishReason = Literal["stop", "length", "abort"]
 class Sampling:
     """How a sequence's tokens are chosen, and when it ends.
 
-    `temperature == 0` is greedy. `top_k == 0` and `top_p == 1` are off. `stop_token_ids` holds the model's
-    end-of-sequence tokens too, unless the caller ignores them.
+    `temperature == 0` is greedy. `top_k == 0`, `top_p == 1`, `min_p == 0`, penalties of 0 and a repetition penalty of 1
+    are off. `stop_token_ids` holds the model's end-of-sequence tokens too, unless the caller ignores them; none of them
+    is chosen before `min_tokens`. `logprobs` and `prompt_logprobs` say how many of the likeliest tokens are told with
+    each token of the output and of the prompt; None is off, 0 tells of the token itself. Without `max_tokens` (0) the
+    prompt is read and nothing more.
     """
 
     max_tokens: int
@@ -29,6 +35,14 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token id, what is added to its logit; each id once
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +83,31 @@ Command = Submit | Abort | Forget | Wake | Stop
 
 
 @dataclass(frozen=True, slots=True)
+class Logprobs:
+    """How likely the model itself found a token, and which tokens it found likeliest, before any sampling parameter."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # token id and its logprob, likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Logprobs of the prompt's tokens, where they were asked for: once, before the sequence's first token.
+
+    The prompt's first token follows nothing, so it has none and the tuple is one shorter than the prompt.
+    """
+
+    request_id: str
+    logprobs: tuple[Logprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """One sampled token. The token that ends a sequence (an end-of-sequence id) is an event too."""
 
     request_id: str
     token_id: int
+    logprobs: Logprobs | None = None  # where they were asked for
     queued: float = 0.0  # seconds between the sequence's arrival and its first step
 
 
@@ -95,7 +129,7 @@ class Failed:
     error: Exception
 
 
-Event = Token | Finished | Failed
+Event = PromptLogprobs | Token | Finished | Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +181,10 @@ class Sequence:
     arrived: float = field(default_factory=time.perf_counter)
     queued: float = 0.0  # seconds until it was first admitted
     passed: int = 0  # how many younger sequences were admitted before this one
+    prompt_logprobs: list[Logprobs] = field(
+        default_factory=list
+    )  # of its second token and those after it, so far
+    _prompt_ids: NDArray[np.int64] | None = None
 
     @classmethod
     def of(cls, submit: Submit) -> Sequence:
@@ -162,6 +200,18 @@ class Sequence:
     def missing(self) -> int:
         """Tokens still to be computed: 1 in decode, more in prefill."""
         return len(self.tokens) - self.computed
+
+    @property
+    def scored(self) -> int:
+        """Up to which position the prompt's logits are not needed, or not any more; its last row gives the output."""
+        last = self.prompt_length - 1
+        return last if self.sampling.prompt_logprobs is None else min(last, len(self.prompt_logprobs))
+
+    def prompt_ids(self) -> NDArray[np.int64]:
+        """The distinct tokens of the prompt, in order of their ids."""
+        if self._prompt_ids is None:
+            self._prompt_ids = np.unique(np.asarray(self.tokens[: self.prompt_length], dtype=np.int64))
+        return self._prompt_ids
 
     def finish_reason(self) -> FinishReason | None:
         """Why the sequence ends with its newest token, or None."""

@@ -3,11 +3,13 @@
 `Tokenizer` is a transformers tokenizer behind the few operations that serving needs; every decode skips special tokens
 and leaves spaces alone, so that "the text of these ids" has one meaning everywhere. `IncrementalDetokenizer` gives text
 from ids that arrive one by one: never half a character, and in sum exactly the decode of all ids. `StopChecker` finds
-where that text ends. Knows nothing of sequences or requests.
+where that text ends. `Tokenizer.piece` is what one id stands for by itself, in bytes, since it may be half a character.
+Knows nothing of sequences or requests.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Self
@@ -35,6 +37,12 @@ class Tokenizer:
         self.byte_ids = frozenset(
             id for token, id in backend.get_vocab().items() if _BYTE_TOKEN.fullmatch(token)
         )
+        self._added: dict[int, str] = {
+            id: token.content for id, token in backend.added_tokens_decoder.items()
+        }
+        self._bytes_of = _byte_level_alphabet(backend)
+        self._anchor = self._find_anchor()
+        self._pieces: dict[int, bytes] = {}
         self.encode("warm")  # drops a saved truncation setting before threads share this
 
     @classmethod
@@ -57,6 +65,41 @@ class Tokenizer:
         text = self._backend.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+    def piece(self, id: int) -> bytes:
+        """What one id stands for inside a text: its bytes, its name if it is special, nothing if it is unknown."""
+        found = self._pieces.get(id)
+        if found is None:
+            found = self._pieces[id] = self._piece(id)
+        return found
+
+    def name(self, id: int) -> str:
+        """The id's piece as text; `bytes:\\xe2\\x82` where it is no whole characters."""
+        piece = self.piece(id)
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+    def _piece(self, id: int) -> bytes:
+        if id in self._added:
+            return self._added[id].encode()
+        token = self._backend.convert_ids_to_tokens(id) if id < self.vocab_size else None
+        if token is None:
+            return b""
+        if id in self.byte_ids:
+            return bytes([int(token[3:5], 16)])
+        if self._bytes_of and all(character in self._bytes_of for character in token):
+            return bytes(self._bytes_of[character] for character in token)
+        before = [] if self._anchor is None else [self._anchor]  # a first id may lose its space
+        return self.decode([*before, id])[len(self.decode(before)) :].encode()
+
+    def _find_anchor(self) -> int | None:
+        """An ordinary id to decode another one behind."""
+        for id in self._backend("a", add_special_tokens=False, verbose=False)["input_ids"]:
+            if id not in self.special_ids and id not in self.byte_ids and self.decode([id]):
+                return int(id)
+        return None
 
     def detokenizer(self) -> IncrementalDetokenizer:
         """A fresh incremental decoder for one sequence."""
@@ -120,6 +163,16 @@ def _check_template(backend: PreTrainedTokenizerBase) -> None:
         pass
 
 
+def _byte_level_alphabet(backend: PreTrainedTokenizerBase) -> Mapping[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for; empty for other kinds of tokenizers."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    inner = getattr(backend, "backend_tokenizer", None)
+    if inner is None or '"ByteLevel"' not in json.dumps(json.loads(inner.to_str())["decoder"]):
+        return {}
+    return {character: byte for byte, character in bytes_to_unicode().items()}
+
+
 class IncrementalDetokenizer:
     """Decodes a short window: some ids already shown, for their effect on spacing, and the ids still pending.
 
@@ -149,6 +202,12 @@ class IncrementalDetokenizer:
         if text.endswith(_REPLACEMENT):
             return ""
         return self._show(text)
+
+    def copy(self) -> IncrementalDetokenizer:
+        """One that goes on from here by itself."""
+        other = IncrementalDetokenizer(self._decode, self._special_ids, self._byte_ids)
+        other._window, other._shown, other._shown_text = list(self._window), self._shown, self._shown_text
+        return other
 
     def flush(self) -> str:
         """The ids have ended: the rest, with replacement characters where no character was completed."""

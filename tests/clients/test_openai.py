@@ -79,6 +79,78 @@ def test_several_choices_have_seeds_of_their_own(client):
     assert len(set(three)) > 1
 
 
+def test_logprobs_of_a_completion_streamed_and_not(client):
+    given = {"model": "legal", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "logprobs": 3}
+    (choice,) = client.completions.create(**given).choices
+    logprobs = choice.logprobs
+    assert "".join(logprobs.tokens) == choice.text
+    for token, logprob, top in zip(
+        logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
+    ):
+        assert len(top) == 3
+        assert logprob == top[token] == max(top.values()), "greedy takes the likeliest"
+    for token, offset in zip(logprobs.tokens, logprobs.text_offset, strict=True):
+        assert choice.text[offset:].startswith(token)
+    parts = [chunk.choices[0].logprobs for chunk in client.completions.create(**given, stream=True)]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [value for part in parts if part for value in getattr(part, name)] == getattr(logprobs, name)
+
+
+def test_logprobs_of_a_chat_streamed_and_not(client):
+    given = {
+        "model": "finance", "messages": QUESTION, "max_tokens": 56, "temperature": 0,
+        "logprobs": True, "top_logprobs": 4,
+    }  # fmt: skip
+    (choice,) = client.chat.completions.create(**given).choices
+    *shown, end = choice.logprobs.content
+    assert bytes(byte for each in shown for byte in each.bytes).decode() == choice.message.content
+    assert end.token == "<|end|>"
+    for each in choice.logprobs.content:
+        assert [each.top_logprobs[0].token, each.top_logprobs[0].logprob] == [each.token, each.logprob]
+        assert len(each.top_logprobs) == 4
+    with client.chat.completions.stream(**given) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].logprobs.content == choice.logprobs.content
+
+
+def test_echo_scores_the_prompt_as_lm_eval_wants_it(client):
+    given = {"model": "legal", "temperature": 0, "logprobs": 1}
+    (plain,) = client.completions.create(prompt=PROMPT, max_tokens=8, **given).choices
+    (echoed,) = client.completions.create(prompt=PROMPT, max_tokens=8, echo=True, **given).choices
+    assert echoed.text == PROMPT + plain.text
+    assert echoed.logprobs.tokens[-8:] == plain.logprobs.tokens
+    assert echoed.logprobs.token_logprobs[-8:] == plain.logprobs.token_logprobs
+    assert echoed.logprobs.token_logprobs[0] is None
+    assert all(value < 0 for value in echoed.logprobs.token_logprobs[1:])
+
+    (read,) = client.completions.create(prompt=PROMPT, max_tokens=0, echo=True, **given).choices
+    assert read.logprobs.token_logprobs == echoed.logprobs.token_logprobs[:-8]
+    several = client.completions.create(prompt=[[5, 6, 7], [8]], max_tokens=1, echo=True, **given)
+    assert [len(choice.logprobs.token_logprobs) for choice in several.choices] == [4, 2]
+    (base,) = client.completions.create(
+        model="base", prompt=PROMPT, max_tokens=0, echo=True, logprobs=1
+    ).choices
+    assert base.logprobs.token_logprobs != read.logprobs.token_logprobs
+
+
+def test_penalties_and_biases_are_heard(client):
+    """One token is made so likely that it is repeated for ever, unless that is punished."""
+
+    def kinds(**given) -> int:
+        body = {"model": "legal", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "logprobs": 0}
+        (choice,) = client.completions.create(**body, logit_bias={"40": 100, "41": 85}, **given).choices
+        return len(set(choice.logprobs.tokens))
+
+    assert kinds() == 1
+    assert kinds(frequency_penalty=2, presence_penalty=2) == 2
+    assert kinds(extra_body={"repetition_penalty": 1.9}) == 2
+    for least, reason in ((0, "stop"), (80, "length")):
+        (choice,) = client.completions.create(
+            model="legal", prompt=PROMPT, max_tokens=80, temperature=0, extra_body={"min_tokens": least}
+        ).choices
+        assert choice.finish_reason == reason
+
+
 def test_models_and_adapters_are_listed(client):
     listed = {model.id: model for model in client.models.list()}
     assert set(listed) == {"base", *ADAPTERS}

@@ -16,9 +16,9 @@ from adapters.loader import Loader
 from adapters.pool import Pool
 from server.engine.blocks import Blocks
 from server.engine.engine import Engine
-from server.engine.sampler import sample
+from server.engine.sampler import Pick, sample
 from server.engine.scheduler import Limits, Residency, Scheduler
-from server.engine.sequence import Finished, Sampling, Sequence, Submit, Token
+from server.engine.sequence import Finished, Logprobs, PromptLogprobs, Sampling, Sequence, Submit, Token
 
 VOCAB = 24
 BLOCK = 4
@@ -43,14 +43,41 @@ def logits_of(text: list[tuple[int, float]]) -> torch.Tensor:  # [VOCAB]
     return torch.randn(VOCAB, generator=generator) * 2
 
 
-def solo(submit: Submit, mark: float = 0.0) -> list[int]:
-    """The tokens that a sequence has to get, whatever runs beside it."""
-    sequence = Sequence.of(submit)
+def sampled(logits, sequences, **given) -> list[int | None]:
+    """The tokens of `sample` alone."""
+    return [pick and pick.token_id for pick in sample(logits, sequences, **given)]
+
+
+def solo_picks(submit: Submit, mark: float = 0.0) -> list[Pick]:
+    """What a sequence has to get, whatever runs beside it."""
+    sequence, picks = Sequence.of(submit), []
     while True:
         logits = logits_of([(token, mark) for token in sequence.tokens])
-        sequence.tokens.extend(sample(logits[None], [sequence]))
+        picks += sample(logits[None], [sequence])
+        sequence.tokens.append(picks[-1].token_id)
         if sequence.finish_reason():
-            return sequence.tokens[sequence.prompt_length :]
+            return picks
+
+
+def solo(submit: Submit, mark: float = 0.0) -> list[int]:
+    """The tokens that a sequence has to get."""
+    return [pick.token_id for pick in solo_picks(submit, mark)]
+
+
+def logprobs_of(logits: torch.Tensor, token: int, top: int) -> Logprobs:
+    """By the definition: sorted by likelihood, then by id."""
+    values = logits.log_softmax(-1).tolist()
+    ids = sorted(range(len(values)), key=lambda id: (-values[id], id))[:top]
+    return Logprobs(values[token], tuple((id, values[id]) for id in ids))
+
+
+def prompt_logprobs(submit: Submit, mark: float = 0.0) -> tuple[Logprobs, ...]:
+    """What a sequence has to be told of its prompt."""
+    text = [(token, mark) for token in submit.prompt]
+    return tuple(
+        logprobs_of(logits_of(text[:at]), submit.prompt[at], submit.sampling.prompt_logprobs)
+        for at in range(1, len(text))
+    )
 
 
 class FakeRunner:
@@ -96,8 +123,8 @@ class FakeRunner:
 
     def _logits(self, row, spans):
         span = next(span for span in spans if span.start <= row < span.end)
-        assert row == span.end - 1, "logits are asked for where a sequence ends"
-        text = [self.cache[span.blocks[at // BLOCK] * BLOCK + at % BLOCK] for at in range(span.kv_length)]
+        length = span.kv_length - (span.end - 1 - row)
+        text = [self.cache[span.blocks[at // BLOCK] * BLOCK + at % BLOCK] for at in range(length)]
         logits = logits_of(text)
         return torch.full_like(logits, torch.nan) if self.broken & {token for token, _ in text} else logits
 
@@ -153,6 +180,14 @@ class Parts:
     def solo(self, submit):
         return solo(submit, self.mark(submit.generation))
 
+    def solo_events(self, submit):
+        """All that a stream of it has to give before its end."""
+        mark, name = self.mark(submit.generation), submit.request_id
+        tokens = [Token(name, pick.token_id, pick.logprobs) for pick in solo_picks(submit, mark)]
+        if submit.sampling.prompt_logprobs is None:
+            return tokens
+        return [PromptLogprobs(name, prompt_logprobs(submit, mark)), *tokens]
+
 
 class Bench(Parts):
     """A running engine over the parts, with a real loader whose reads can fail."""
@@ -203,18 +238,22 @@ def sequence(prompt=(5, 6, 7), *, output=(), generation=None, name="s", **sampli
     return made
 
 
+async def read_events(engine, asked):
+    """All events of a stream but the last, and the last."""
+    events = []
+    async for event in engine.stream(asked):
+        assert not (events and isinstance(events[-1], Finished)), "something came after the end"
+        assert event.request_id == asked.request_id
+        events.append(event)
+    *others, last = events
+    assert isinstance(last, Finished)
+    return others, last
+
+
 async def read(engine, asked):
     """All tokens of a stream and its last event."""
-    tokens, last = [], None
-    async for event in engine.stream(asked):
-        assert last is None, "something came after the end"
-        assert event.request_id == asked.request_id
-        if isinstance(event, Token):
-            tokens.append(event.token_id)
-        else:
-            last = event
-    assert isinstance(last, Finished)
-    return tokens, last
+    events, last = await read_events(engine, asked)
+    return [event.token_id for event in events if isinstance(event, Token)], last
 
 
 def step_inputs_rows(inputs) -> np.ndarray:

@@ -51,6 +51,21 @@ def test_a_chunk_in_the_middle_asks_for_no_logits():
     assert inputs.logits_rows.tolist() == []
 
 
+def test_rows_of_prompts_come_after_those_that_are_drawn_from():
+    parts = Parts([])
+    known = sequence(range(7), prompt_logprobs=1)
+    known.prompt_logprobs = [None] * 4  # it gave way after its fifth token
+    batch = [
+        Scheduled(started(parts, sequence(range(9), prompt_logprobs=0), [1, 2, 3]), 4),
+        Scheduled(started(parts, sequence((5,), prompt_logprobs=0), [4]), 1),
+        Scheduled(started(parts, known, [5, 6], computed=2), 5),
+        Scheduled(started(parts, sequence((1, 2), output=(3,)), [7]), 3),
+    ]
+    inputs = batches.build(batch, parts.residency, 4)
+    assert inputs.logits_rows.tolist() == [4, 9, 12, 0, 1, 2, 3, 7, 8]
+    assert [list(item.scores) for item in batch] == [[0, 1, 2, 3], [], [4, 5], []]
+
+
 def test_blocks_is_a_copy():
     """A sequence that is retired before the step's end does not change what the step reads."""
     parts = Parts([])

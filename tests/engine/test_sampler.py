@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from server.engine.sampler import _keep_top, _uniform, sample
-from tests.engine.fakes import sequence
+from server.engine.sampler import _keep_top, _uniform
+from tests.engine.fakes import sampled, sequence
 
 LOGITS = torch.tensor([1.0, -2.0, 0.5, 3.0, 2.5, float("-inf"), 0.0, 1.5])
 
@@ -12,7 +12,7 @@ LOGITS = torch.tensor([1.0, -2.0, 0.5, 3.0, 2.5, float("-inf"), 0.0, 1.5])
 def drawn(logits, count, first_seed=0, **sampling):
     """How often each token comes in `count` draws of different seeds."""
     asked = [sequence(seed=first_seed + i, **({"temperature": 1.0} | sampling)) for i in range(count)]
-    tokens = sample(logits.expand(count, -1), asked)
+    tokens = sampled(logits.expand(count, -1), asked)
     return torch.bincount(torch.tensor(tokens), minlength=len(logits))
 
 
@@ -25,11 +25,11 @@ def chi_square(counts, probabilities):
 
 def test_greedy_is_the_largest():
     logits = torch.randn(6, 100)
-    assert sample(logits, [sequence(temperature=0.0)] * 6) == logits.argmax(dim=1).tolist()
+    assert sampled(logits, [sequence(temperature=0.0)] * 6) == logits.argmax(dim=1).tolist()
 
 
 def test_no_rows_no_tokens():
-    assert sample(torch.empty(0, 8), []) == []
+    assert sampled(torch.empty(0, 8), []) == []
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
@@ -42,7 +42,7 @@ def test_draws_follow_the_softmax(temperature):
 
 def test_draws_at_successive_positions_of_one_seed_follow_the_softmax():
     asked = [sequence(output=[0] * i, seed=7, temperature=1.0) for i in range(4000)]
-    counts = torch.bincount(torch.tensor(sample(LOGITS.expand(4000, -1), asked)), minlength=8)
+    counts = torch.bincount(torch.tensor(sampled(LOGITS.expand(4000, -1), asked)), minlength=8)
     assert chi_square(counts, torch.softmax(LOGITS, 0)) < 24.3
 
 
@@ -93,10 +93,10 @@ def test_a_seed_draws_the_same_alone_and_anywhere_in_a_batch():
                  top_k=[0, 20][i % 2], top_p=[1.0, 1.0, 0.8][i % 3])
         for i in range(9)
     ]  # fmt: skip
-    together = sample(logits, asked)
-    assert [sample(logits[i : i + 1], asked[i : i + 1])[0] for i in range(9)] == together
+    together = sampled(logits, asked)
+    assert [sampled(logits[i : i + 1], asked[i : i + 1])[0] for i in range(9)] == together
     order = torch.randperm(9).tolist()
-    assert sample(logits[order], [asked[i] for i in order]) == [together[i] for i in order]
+    assert sampled(logits[order], [asked[i] for i in order]) == [together[i] for i in order]
 
 
 @pytest.mark.parametrize("certainty", [1.0, 20.0])
@@ -111,8 +111,8 @@ def test_top_p_of_one_keeps_every_token(certainty):
 
 def test_seeds_and_positions_matter():
     logits = torch.zeros(64, 1000)
-    by_seed = sample(logits, [sequence(seed=seed, temperature=1.0) for seed in range(64)])
-    by_position = sample(logits, [sequence(output=[0] * at, temperature=1.0) for at in range(64)])
+    by_seed = sampled(logits, [sequence(seed=seed, temperature=1.0) for seed in range(64)])
+    by_position = sampled(logits, [sequence(output=[0] * at, temperature=1.0) for at in range(64)])
     assert len(set(by_seed)) > 55
     assert len(set(by_position)) > 55
 
@@ -120,7 +120,7 @@ def test_seeds_and_positions_matter():
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63), 2**64 - 1])
 def test_any_seed_of_64_bits(seed):
     asked = [sequence(seed=seed, temperature=1.0)]
-    assert sample(torch.zeros(1, 1000), asked) == sample(torch.zeros(1, 1000), asked)
+    assert sampled(torch.zeros(1, 1000), asked) == sampled(torch.zeros(1, 1000), asked)
 
 
 @pytest.mark.parametrize(
@@ -129,18 +129,18 @@ def test_any_seed_of_64_bits(seed):
 def test_rows_that_are_not_numbers_are_none_and_leave_others_alone(sampling):
     logits = torch.randn(5, 50)
     asked = [sequence(seed=i, **sampling) for i in range(5)]
-    whole = sample(logits, asked)
+    whole = sampled(logits, asked)
     logits[1, 7] = torch.nan
     logits[2] = float("-inf")
     logits[3, 0] = float("inf")
-    assert sample(logits, asked) == [whole[0], None, None, None, whole[4]]
+    assert sampled(logits, asked) == [whole[0], None, None, None, whole[4]]
 
 
 def test_minus_infinity_forbids_a_token_and_no_more():
     logits = torch.full((1, 9), float("-inf"))
     logits[0, 4] = -3.0
     for sampling in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}):
-        assert sample(logits, [sequence(**sampling)]) == [4]
+        assert sampled(logits, [sequence(**sampling)]) == [4]
 
 
 @pytest.mark.parametrize("along", ["seed", "position", "token"])

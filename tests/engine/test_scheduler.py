@@ -11,9 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from adapters.loader import Loader
 from server.engine import batch as batches
 from server.engine import scheduler as module
+from server.engine.engine import _keep_prompt_logprobs, _known
 from server.engine.sampler import sample
 from server.engine.scheduler import MAX_PASSED
-from tests.engine.fakes import BLOCK, Parts, make_adapter, sequence, submit
+from tests.engine.fakes import BLOCK, Parts, make_adapter, prompt_logprobs, sequence, submit
 
 ADAPTERS = [make_adapter("a"), make_adapter("b"), make_adapter("wide", 40), make_adapter("c", 17)]
 LONGEST = 40  # tokens of prompt and output together
@@ -266,13 +267,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 8),
         generation=st.sampled_from([None, "a", "b", "c", "wide"]),
         temperature=st.sampled_from([0.0, 1.0]),
+        penalty=st.sampled_from([1.0, 1.3]),
+        scored=st.sampled_from([None, None, 1]),
     )
-    def submit(self, prompt, max_tokens, generation, temperature):
+    def submit(self, prompt, max_tokens, generation, temperature, penalty, scored):
         name, self.count = str(self.count), self.count + 1
         text = [(self.count * 7 + i) % 24 for i in range(prompt)]
         asked = submit(
-            name, text, generation=generation, max_tokens=max_tokens, temperature=temperature, seed=self.count
-        )
+            name, text, generation=generation, max_tokens=max_tokens, temperature=temperature, seed=self.count,
+            repetition_penalty=penalty, prompt_logprobs=scored,
+        )  # fmt: skip
         self.open[name], self.passed[name] = asked, 0
         self.parts.scheduler.add(module.Sequence.of(asked))
 
@@ -342,13 +346,19 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _forward(self, batch):
         logits = self.parts.runner.forward(batches.build(batch, self.parts.residency, BLOCK))
         drawing = [item.sequence for item in batch if item.samples]
+        picks = sample(logits, drawing, _known(batch))
+        _keep_prompt_logprobs(batch, picks[len(drawing) :])
         for item in batch:
             item.sequence.computed += item.count
-        for one, token in zip(drawing, sample(logits, drawing), strict=True):
-            one.tokens.append(token)
+        for one, pick in zip(drawing, picks, strict=False):
+            one.tokens.append(pick.token_id)
             if one.finish_reason():
                 asked = self.open.pop(one.request_id)
                 assert one.tokens[one.prompt_length :] == self.parts.solo(asked)
+                if asked.sampling.prompt_logprobs is not None:
+                    assert one.prompt_logprobs == list(
+                        prompt_logprobs(asked, self.parts.mark(asked.generation))
+                    )
                 self.parts.scheduler.retire(one)
 
     @invariant()

@@ -10,7 +10,7 @@ from adapters.records import Version, check_name
 from adapters.registry import Entry, Put, Reference
 from adapters.tally import Tally
 from server.config import Settings
-from server.engine.sequence import EngineStats, Finished, Token
+from server.engine.sequence import EngineStats, Finished, Logprobs, PromptLogprobs, Token
 from server.errors import QueueFullError
 from server.serving import GenerationDefaults, Served, Serving
 from server.text.tokenizer import Tokenizer
@@ -24,6 +24,14 @@ def tally(*seconds):
     for each in seconds:
         made.add(each)
     return made
+
+
+def logprobs_of(id, at, top):
+    """Numbers that tell which token they are of, and where it stood; it is the second likeliest."""
+    if top is None:
+        return None
+    likeliest = [(id + 1, -0.25 - at), (id, -0.5 - at), *[(id + k, -1.0 * k - at) for k in range(2, 20)]]
+    return Logprobs(-0.5 - at, tuple(likeliest[:top]))
 
 
 @dataclass
@@ -55,7 +63,11 @@ class FakeEngine:
         self.submits.append(submit)
         self.open.add(submit.request_id)
         reason, count = "length", 0
+        sampling, prompt = submit.sampling, submit.prompt
         try:
+            if sampling.prompt_logprobs is not None:
+                found = [logprobs_of(id, at, sampling.prompt_logprobs) for at, id in enumerate(prompt)]
+                yield PromptLogprobs(submit.request_id, tuple(found[1:]))
             for id in self.ids_for(submit)[: submit.sampling.max_tokens]:
                 await asyncio.sleep(self.delay if count or self.first is None else self.first)
                 if self.stopped:
@@ -63,7 +75,8 @@ class FakeEngine:
                 if self.fail_after == count:
                     raise self.error
                 count += 1
-                yield Token(submit.request_id, id, queued=0.01)
+                scored = logprobs_of(id, len(prompt) + count - 1, sampling.logprobs)
+                yield Token(submit.request_id, id, scored, queued=0.01)
                 if id in submit.sampling.stop_token_ids:
                     reason = "stop"
                     break
@@ -263,7 +276,7 @@ def world(root: Path, **settings) -> World:
         max_model_len=64,
         vocab_size=tokenizer.vocab_size,
         eos_token_ids=frozenset({backend.eos_token_id}),
-        defaults=GenerationDefaults(temperature=0.5, top_p=0.9, top_k=20),
+        defaults=GenerationDefaults(0.5, 0.9, 20, min_p=0.1, repetition_penalty=1.2),
         tokenizer=tokenizer,
         engine=engine,
         registry=registry,

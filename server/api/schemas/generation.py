@@ -14,6 +14,8 @@ MAX_CHOICES = 16  # `n`
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_STOP_IDS = 256
+MAX_BIASES = 300  # entries of `logit_bias`
+MAX_LOGPROBS = 20
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     # parameter -> the values that change nothing, beside null; anything else is refused
@@ -21,8 +23,6 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
     "ebnf": (),
-    "echo": (False,),
-    "frequency_penalty": (0,),
     "guided_choice": (),
     "guided_decoding_backend": (),
     "guided_grammar": (),
@@ -32,18 +32,12 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "include_stop_str_in_output": (False,),
     "json_schema": (),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "lora_path": (),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "no_repeat_ngram_size": (0,),
     "no_stop_trim": (False,),
-    "presence_penalty": (0,),
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "regex": (),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
@@ -51,11 +45,12 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
     "suffix": ("",),
-    "top_logprobs": (0,),
     "truncate_prompt_tokens": (),
     "typical_p": (1,),
     "use_beam_search": (False,),
 }
+
+COMPLETION_NEUTRAL: Mapping[str, tuple[object, ...]] = {**NEUTRAL, "top_logprobs": (0,)}
 
 CHAT_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     **NEUTRAL,
@@ -64,6 +59,7 @@ CHAT_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "chat_template": (),
     "continue_final_message": (False,),
     "documents": ([],),
+    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
@@ -94,6 +90,17 @@ Stop = Annotated[
 ]
 
 
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Biases = Annotated[
+    dict[
+        Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,17})$")],
+        Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)],
+    ],
+    Field(max_length=MAX_BIASES),
+    described(f"must map at most {MAX_BIASES} token ids, as strings, to numbers from -100 to 100"),
+]
+
+
 class StreamOptions(BaseModel):
     """`stream_options`."""
 
@@ -112,6 +119,12 @@ class GenerationRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, gt=0, le=2, allow_inf_nan=False)
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Biases | None = None
+    min_tokens: int | None = Field(None, ge=0)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     best_of: int | None = Field(None, ge=1)
@@ -125,7 +138,7 @@ class GenerationRequest(BaseModel):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def refuse_unsupported(self, neutral: Mapping[str, tuple[object, ...]] = NEUTRAL) -> None:
+    def refuse_unsupported(self, neutral: Mapping[str, tuple[object, ...]]) -> None:
         """Raise for a parameter that asks for something we would not do; unknown ones are ignored."""
         extra = self.model_extra or {}
         for name in neutral.keys() & extra.keys():
@@ -158,6 +171,19 @@ class CompletionRequest(GenerationRequest):
     """A prompt to go on from, or several: as text or as token ids."""
 
     prompt: Prompt
+    max_tokens: int | None = Field(None, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = False
+
+    @property
+    def top(self) -> int | None:
+        """How many of the likeliest tokens are told with each token; None if no logprobs are asked for."""
+        return self.logprobs
+
+    def refuse_conflicts(self) -> None:
+        """Raise for fields that are each right, and together are not."""
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequestError("max_tokens: 0 is only allowed with echo", param="max_tokens")
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -200,8 +226,25 @@ class ChatRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     chat_template_kwargs: dict[str, Any] | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def top(self) -> int | None:
+        """As for completions."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def refuse_conflicts(self) -> None:
+        """Raise for fields that are each right, and together are not."""
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequestError(
+                "top_logprobs is only allowed with logprobs: true", param="top_logprobs"
+            )
+
+
+Body = CompletionRequest | ChatRequest
 
 
 def _same(value: object, neutral: object) -> bool:
-    """Equal, and not a number for a boolean: `logprobs: 0` asks for something, `logprobs: false` does not."""
+    """Equal, and not a boolean for a number: `true` is no 1."""
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)

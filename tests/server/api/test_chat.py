@@ -64,6 +64,12 @@ def test_the_length(client, world):
         ),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 2}, "logprobs"),
+        ({"min_tokens": 9, "max_completion_tokens": 8}, "min_tokens"),
     ],
 )
 def test_a_wrong_field_is_named(client, body, param):
@@ -77,8 +83,8 @@ def test_a_wrong_field_is_named(client, body, param):
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
         {"tool_choice": "required"},
         {"response_format": {"type": "json_schema"}},
-        {"logprobs": True},
-        {"top_logprobs": 2},
+        {"echo": True},
+        {"prompt_logprobs": 2},
         {"chat_template": "{{ 1 }}"},
         {"continue_final_message": True},
         {"functions": [{"name": "f"}]},

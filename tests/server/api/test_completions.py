@@ -126,10 +126,17 @@ def test_sampling_comes_from_the_request_or_the_models_defaults(client, world):
     (end,) = world.serving.served.eos_token_ids
     client.complete(seed=7)
     client.complete(seed=7, temperature=0, top_p=0.5, top_k=-1, max_tokens=3, stop_token_ids=[4])
+    own = {"min_p": 0.2, "repetition_penalty": 0.5, "presence_penalty": -1, "frequency_penalty": 2}
+    client.complete(seed=7, **own, logit_bias={"5": -100, "0": 1.5}, min_tokens=2, logprobs=3)
+    client.complete(seed=7, min_p=0, repetition_penalty=1, echo=True, logprobs=0)
+    authors = {"min_p": 0.1, "repetition_penalty": 1.2}
     assert [submit.sampling for submit in world.engine.submits] == [
-        Sampling(16, 0.5, 0.9, 20, 7, frozenset({end})),
-        Sampling(3, 0.0, 0.5, 0, 7, frozenset({end, 4})),
-    ]
+        Sampling(16, 0.5, 0.9, 20, 7, frozenset({end}), **authors),
+        Sampling(3, 0.0, 0.5, 0, 7, frozenset({end, 4}), **authors),
+        Sampling(16, 0.5, 0.9, 20, 7, frozenset({end}), **own, logit_bias=((5, -100.0), (0, 1.5)), min_tokens=2,
+                 logprobs=3),
+        Sampling(16, 0.5, 0.9, 20, 7, frozenset({end}), logprobs=0, prompt_logprobs=0),
+    ]  # fmt: skip
 
 
 def test_one_request_id_may_run_twice_at_once(client, world):
@@ -162,6 +169,28 @@ def test_the_length_is_bound_by_the_context(client, world):
         ("top_k", -2),
         ("seed", 2**63),
         ("seed", 1.5),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 2.1),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", "1"),
+        ("frequency_penalty", -2.1),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"5": "1"}),
+        ("logit_bias", {"five": 1}),
+        ("logit_bias", {"05": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"1000000": 1}),
+        ("logit_bias", {"9" * 30: 1}),
+        ("logit_bias", {str(id): 1 for id in range(301)}),
+        ("logit_bias", [5, 1]),
+        ("min_tokens", -1),
+        ("min_tokens", 17),
+        ("logprobs", -1),
+        ("logprobs", 21),
+        ("logprobs", True),
+        ("echo", "yes"),
         ("n", 0),
         ("n", 17),
         ("stop", [""]),
@@ -200,16 +229,11 @@ def test_a_wrong_field_is_named(client, world, field, value):
     ("field", "value"),
     [
         ("best_of", 2),
-        ("echo", True),
-        ("logprobs", 0),
-        ("logprobs", 5),
+        ("top_logprobs", 2),
+        ("prompt_logprobs", 1),
+        ("skip_special_tokens", False),
+        ("include_stop_str_in_output", True),
         ("suffix", "end"),
-        ("logit_bias", {"5": 1}),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("repetition_penalty", 1.1),
-        ("min_p", 0.1),
-        ("min_tokens", 2),
         ("guided_json", {}),
         ("guided_choice", ["a"]),
         ("structured_outputs", {"regex": "a"}),
@@ -237,6 +261,7 @@ def test_neutral_values_and_unknown_fields_change_nothing(client):
         "repetition_penalty": 1.0,
         "min_p": 0,
         "min_tokens": 0,
+        "top_logprobs": 0,
         "response_format": {"type": "text"},
         "user": "someone",
         "never_heard_of": [1],

@@ -78,3 +78,13 @@ def test_special_tokens_have_no_text():
     ids = [*tokenizer.encode("a b"), end, *tokenizer.encode(" c")]
     assert "".join(detokenizer.add(id) for id in ids) + detokenizer.flush() == "a b c"
     assert tokenizer.decode(ids) == "a b c"
+
+
+def test_a_copy_goes_on_by_itself():
+    tokenizer = Tokenizer(samples.byte_level())
+    first, second, third = tokenizer.encode("ᚠ")
+    original = tokenizer.detokenizer()
+    original.add(first)
+    other = original.copy()
+    assert (other.add(second), other.add(third), other.flush()) == ("", "ᚠ", "")
+    assert original.flush() == "\ufffd"

@@ -45,3 +45,37 @@ def test_what_the_template_refuses_is_an_error_of_the_caller(chatty):
 def test_without_a_template_there_is_no_chat():
     with pytest.raises(ChatTemplateError, match="no chat template"):
         Tokenizer(samples.byte_level()).encode_chat([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("text", ["the patient has a fever", "naïve café €5 — 日本語 😀 👩‍👩‍👧", " a  b\n"])
+@pytest.mark.parametrize("kind", [samples.byte_level, samples.byte_fallback])
+def test_pieces_are_the_bytes_of_the_text(kind, text):
+    tokenizer = Tokenizer(kind())
+    ids = [id for id in tokenizer.encode(text) if id not in tokenizer.special_ids]
+    pieces = b"".join(map(tokenizer.piece, ids)).decode()
+    assert pieces == (" " if kind is samples.byte_fallback else "") + text
+
+
+def test_a_piece_stands_as_it_would_inside_a_text():
+    for kind, token, piece in (
+        (samples.byte_fallback, "▁the", " the"),
+        (samples.byte_fallback, "b", "b"),
+        (samples.metaspace, "▁the", " the"),
+        (samples.word_pieces, "the", " the"),
+        (samples.word_pieces, "##re", "re"),
+        (samples.byte_level, "</s>", "</s>"),
+    ):
+        assert Tokenizer(kind()).name(kind().get_vocab()[token]) == piece
+
+
+def test_half_a_character_is_named_by_its_bytes():
+    tokenizer = Tokenizer(samples.byte_level())
+    first, *_ = tokenizer.encode("ᚠ")
+    assert (tokenizer.piece(first), tokenizer.name(first)) == (b"\xe1", r"bytes:\xe1")
+    byte = samples.byte_fallback().get_vocab()["<0xE2>"]
+    assert Tokenizer(samples.byte_fallback()).name(byte) == r"bytes:\xe2"
+
+
+def test_an_id_that_the_tokenizer_does_not_know_has_no_piece():
+    """A model's vocabulary may be padded beyond its tokenizer's."""
+    assert Tokenizer(samples.byte_level()).piece(10**6) == b""
