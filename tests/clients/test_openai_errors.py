@@ -23,12 +23,13 @@ def live(world):
 @pytest.fixture
 def ask(live):
     """One completion; `tries` is how often the client asks at most."""
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none") as client:
 
-    def ask(tries=1, **given):
-        with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=tries - 1) as client:
-            return client.completions.create(**{"model": "base", "prompt": "a", "max_tokens": 4} | given)
+        def ask(tries=1, **given):
+            asking = client.with_options(max_retries=tries - 1)
+            return asking.completions.create(**{"model": "base", "prompt": "a", "max_tokens": 4} | given)
 
-    return ask
+        yield ask
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -90,7 +91,7 @@ def test_a_full_disk_is_not_tried_again(live, world):
         pytest.raises(openai.InternalServerError) as caught,
     ):
         client.put(
-            "/adapters/new", body={}, cast_to=object, options={"headers": {"content-type": "application/zip"}}
+            "/adapters/new", body={}, cast_to=object, options={"headers": {"Content-Type": "application/zip"}}
         )
     assert (caught.value.status_code, caught.value.code) == (507, "store_full")
     assert len(live.headers) == 1
