@@ -15,18 +15,12 @@ from server.version import VERSION
 
 def create_app(settings: Settings, serving: Serving) -> FastAPI:
     """The HTTP app. It answers at once; what needs the model is refused until `serving` is ready."""
-    app = FastAPI(title="loraplex", version=VERSION, root_path=settings.root_path, redirect_slashes=False)
+    app = FastAPI(title="loraplex", version=VERSION, redirect_slashes=False)
     metrics, guard = Metrics(serving), Guard(settings)
     app.state.edge = Edge(settings, serving, metrics, guard)
     app.state.requests = OpenRequests()
     for routes in (completions, chat, models, adapters, tokenize, health):
         app.include_router(routes.router)
     envelope.install(app)
-    app.add_middleware(
-        Frame,
-        metrics=metrics,
-        guard=guard,
-        requests=app.state.requests,
-        log=settings.enable_log_requests,
-    )
+    app.add_middleware(Frame, settings=settings, metrics=metrics, guard=guard, requests=app.state.requests)
     return app

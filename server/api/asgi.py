@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.auth import OPEN, Guard
 from server.api.envelope import error_response, last_events
 from server.api.validation import first_error
+from server.config import Settings
 from server.errors import BodyTooLargeError, ContentTypeError, InvalidRequestError, NotReadyError
 from server.metrics import Metrics
 
@@ -63,18 +64,21 @@ class Frame:
     """Wraps the app; one per process."""
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, guard: Guard, requests: OpenRequests, log: bool = False
+        self, app: ASGIApp, settings: Settings, metrics: Metrics, guard: Guard, requests: OpenRequests
     ) -> None:
         self.app = app
         self.metrics = metrics
         self.guard = guard
         self.requests = requests
-        self.log = log
+        self.root_path = settings.root_path
+        self.log = settings.enable_log_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if self.root_path:
+            scope["root_path"] = self.root_path
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
         status, streaming, began = CLIENT_CLOSED, False, time.perf_counter()

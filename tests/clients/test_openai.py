@@ -234,7 +234,7 @@ def test_streams_cut_at_random_leave_nothing_behind(url):
 
 def levels(url: str) -> dict[str, float]:
     """What running requests hold, as the server's metrics say."""
-    names = ("requests_running", "requests_waiting", "kv_blocks_used", "adapters_referenced")
+    names = ("requests_running", "requests_waiting", "kv_blocks_used", 'adapters{state="referenced"}')
     pairs = [line.rsplit(" ", 1) for line in httpx.get(f"{url}/metrics").text.splitlines() if line[:1] != "#"]
     found = {name: float(value) for name, value in pairs}
     return {name: found[f"loraplex_{name}"] for name in names}

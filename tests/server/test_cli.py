@@ -358,7 +358,7 @@ def test_https_and_a_line_for_each_request(start, port):
             time.sleep(0.02)
         reply = client.post("/v1/completions", json={"prompt": "secret"}, headers={"x-request-id": "mine"})
         assert reply.status_code == 200
-        assert client.get("/v1/models/no%0Abody").status_code == 404
+        assert client.get("/v1/models/no%0Dbody").status_code == 404
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=30)
     assert f"at https://127.0.0.1:{port}/v1" in output
@@ -366,7 +366,7 @@ def test_https_and_a_line_for_each_request(start, port):
         line.partition("request id=")[2] for line in errors.splitlines() if "request id=" in line
     ]
     assert re.fullmatch(r"mine method=POST path=/v1/completions status=200 seconds=\d+\.\d{3}", first)
-    assert r"path=/v1/models/no\nbody status=404" in second
+    assert r"path=/v1/models/no\rbody status=404" in second
     assert "secret" not in errors
 
 
