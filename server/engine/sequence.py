@@ -168,9 +168,7 @@ class Sequence:
     hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were asked for
     remembered: int = 0  # full blocks that others may take up
     passed: int = 0  # how many younger sequences were admitted before this one
-    prompt_logprobs: list[Logprobs] = field(
-        default_factory=list
-    )  # of its second token and those after it, so far
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # from its second token on, so far
     _prompt_ids: NDArray[np.int64] | None = None
 
     @classmethod
