@@ -183,9 +183,7 @@ class Sequence:
     arrived: float = field(default_factory=time.perf_counter)
     queued: float = 0.0  # seconds until it was first admitted
     passed: int = 0  # how many younger sequences were admitted before this one
-    prompt_logprobs: list[Logprobs] = field(
-        default_factory=list
-    )  # of its second token and those after it, so far
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # from its second token on, so far
     _prompt_ids: NDArray[np.int64] | None = None
 
     @classmethod
