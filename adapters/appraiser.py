@@ -19,9 +19,10 @@ from adapters.peft_format import Keep, copied, inspect_adapter, read_adapter
 
 @dataclass(frozen=True, slots=True)
 class Appraiser:
-    """The base's layout, the server's limits, and `fits`, which refuses what could never be admitted.
+    """The base's layout, the server's limits, and `fits`, which raises AdapterError for what could never be admitted.
 
-    `keep` says whether weights that were read are copied out of their file.
+    `fits` may be given an adapter whose tensors are on the meta device. `keep` says whether weights that were read are
+    copied out of their file.
     """
 
     layout: Layout

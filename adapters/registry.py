@@ -9,19 +9,19 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock, RLock
+from typing import TYPE_CHECKING
 
-import torch
-
-from adapters.adapter import Adapter, Layout
-from adapters.appraiser import Appraiser
 from adapters.entry import Entry, Facts, Put
 from adapters.errors import AdapterError, Finding, full_disk_named
 from adapters.names import Held, Names
-from adapters.peft_format import Keep, copied
 from adapters.records import Version, check_name
 from adapters.references import Reference, References
 from adapters.sources import copy_folder, gather, unpack
 from adapters.store import Store, hash_folder
+
+if TYPE_CHECKING:
+    from adapters.adapter import Adapter
+    from adapters.appraiser import Appraiser
 
 __all__ = ["Entry", "Put", "Reference", "Registry", "Version"]
 
@@ -35,28 +35,24 @@ class Registry:
     One lock guards the names in memory and is held for moments: `resolve` and `release` never wait for a disk.
     Changes take turns behind a second one, since a disk is slow; an upload is checked before its turn.
 
-    `fits` raises AdapterError for an adapter that could never be served; at start it is given adapters whose
-    tensors are on the meta device. `quota` bounds the bytes of the stored generations. `on_unreferenced` is told of
-    a generation that no name points at and that nobody holds, on the thread that let go of it, maybe more than once.
+    `appraiser` says what an adapter is worth on the base. `quota` bounds the bytes of the stored generations.
+    `on_unreferenced` is told of a generation that no name points at and that nobody holds, on the thread that let go
+    of it, maybe more than once.
     """
 
     def __init__(
         self,
         store: Store,
-        layout: Layout,
-        dtype: torch.dtype,
-        max_rank: int,
-        fits: Callable[[Adapter], None],
+        appraiser: Appraiser,
         *,
         max_bytes: int = DEFAULT_MAX_BYTES,
         keep_versions: int = DEFAULT_KEEP_VERSIONS,
         quota: int | None = None,
-        keep: Keep = copied,
         on_unreferenced: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.store = store
-        self._appraiser = Appraiser(layout, dtype, max_rank, fits, keep)
+        self._appraiser = appraiser
         self._max_bytes = max_bytes
         self._on_unreferenced = on_unreferenced
         self._uploaded = 0

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from adapters.adapter import Adapter
+from adapters.appraiser import Appraiser
 from adapters.errors import AdapterError
 from adapters.files import FileOps
 from adapters.loader import Loader
@@ -110,16 +111,13 @@ def assemble(settings: Settings, servable: ServableModel, plan: MemoryPlan, toke
         loader.forget(generation)
         engine.forget(generation)
 
+    keep = mapped if servable.device.type == "cpu" else copied  # the CPU's pool is host memory already
     registry = Registry(
         Store(settings.store_folder, FileOps()),
-        servable.layout,
-        plan.adapter_dtype,
-        settings.max_lora_rank,
-        fits,
+        Appraiser(servable.layout, plan.adapter_dtype, settings.max_lora_rank, fits, keep),
         max_bytes=settings.max_upload_bytes,
         keep_versions=settings.keep_versions,
         quota=settings.adapter_store_bytes,
-        keep=mapped if servable.device.type == "cpu" else copied,  # the CPU's pool is host memory already
         on_unreferenced=unreferenced,
     )
     loader = Loader(registry.read, plan.host_nbytes, lambda: engine.wake())

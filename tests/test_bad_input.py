@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from adapters.appraiser import Appraiser
 from adapters.files import FileOps
 from adapters.registry import Registry
 from adapters.store import Store
@@ -67,7 +68,7 @@ def place(tmp_path_factory) -> Iterator[Place]:
 
 def fill_for_another_base(root: Path, folder: Path) -> None:
     store = Store(root, FileOps())
-    registry = Registry(store, make_layout(), torch.float32, 64, lambda adapter: None)
+    registry = Registry(store, Appraiser(make_layout(), torch.float32, 64, lambda adapter: None))
     for name in ("odd", "mixed"):
         registry.put_folder(name, folder)
     store.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapters.appraiser import Appraiser
 from adapters.errors import AdapterError, Finding
 from adapters.files import FileOps
 from adapters.pool import Pool
@@ -45,10 +46,7 @@ class Shop:
         self.store = Store(self.root / "store", files or FileOps())
         self.registry = Registry(
             self.store,
-            layout,
-            torch.float32,
-            64,
-            fits or self.pool.fits,
+            Appraiser(layout, torch.float32, 64, fits or self.pool.fits),
             keep_versions=self.keep_versions,
             quota=self.quota,
             on_unreferenced=self.gone.append,
@@ -354,7 +352,7 @@ def test_a_generation_that_cannot_be_read_back_is_named(shop):
 
 
 def test_the_upload_bound(shop, tmp_path):
-    registry = Registry(shop.store, LAYOUT, torch.float32, 64, shop.pool.fits, max_bytes=100)
+    registry = Registry(shop.store, Appraiser(LAYOUT, torch.float32, 64, shop.pool.fits), max_bytes=100)
     archive = write_zip(tmp_path / "archive", adapter_files(shop.folder(1)))
     with pytest.raises(AdapterError) as caught:
         registry.put_archive("legal", archive)
