@@ -4,14 +4,14 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 CPU_TORCH = torch==2.13.0+cpu
 
-.PHONY: help install demo test check smoke load gpu-check clean
+.PHONY: help install native demo test check smoke load gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/.installed  ## a virtual environment with everything (CPU torch unless nvidia-smi answers)
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard kernels/cpu/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	@if nvidia-smi >/dev/null 2>&1; then echo "nvidia-smi answers: taking torch with CUDA"; \
 	else echo "no NVIDIA GPU here: taking torch for the CPU"; \
@@ -19,6 +19,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  || $(BIN)/pip install --quiet "$(CPU_TORCH)" --index-url https://download.pytorch.org/whl/cpu; fi
 	$(BIN)/pip install --quiet --editable ".[dev]" --constraint constraints.txt
 	@touch $@
+
+native:  ## rebuild the CPU kernels in place (install does it too, whenever their sources change)
+	$(BIN)/python -c "import setuptools; setuptools.setup()" --quiet build_ext --inplace
 
 demo: install  ## start the server on the bundled demo and drive it through the story (KEEP=0 ends after it)
 	@$(BIN)/python -m demo.show

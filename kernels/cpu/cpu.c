@@ -1,0 +1,24 @@
+/* What this processor can run. */
+#include "cpu.h"
+
+/* The widest instruction set that processor and system support, as an ISA_ number. */
+EXPORT int32_t loraplex_best_isa(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return ISA_AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        return ISA_AVX2;
+#endif
+    return ISA_PORTABLE;
+}
+
+/* How many threads a parallel region gets when it asks for `threads`. */
+EXPORT int32_t loraplex_threads(int32_t isa, int32_t threads) {
+    int32_t counted = 0;
+    (void)isa;
+#pragma omp parallel num_threads(threads) reduction(+ : counted)
+    counted += 1;
+    return counted;
+}

@@ -1,0 +1,74 @@
+"""The compiled library: where it lies, what its functions take, which instruction set they run.
+
+Knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Literal
+
+InstructionSet = Literal["portable", "avx2", "avx512"]
+INSTRUCTION_SETS: tuple[InstructionSet, ...] = (
+    "portable",
+    "avx2",
+    "avx512",
+)  # in the order of cpu.h's numbers
+
+_INT, _SIZE, _POINTER, _FLOAT = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+
+# After the instruction set and the threads, which every one of them takes first.
+_ARGUMENTS: dict[str, tuple[type, ...]] = {
+    "threads": (),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """Its functions by name (without `loraplex_`), and the instruction set that they are to run."""
+
+    functions: dict[str, Callable[..., int]]
+    isa: int
+
+    @property
+    def instruction_set(self) -> InstructionSet:
+        return INSTRUCTION_SETS[self.isa]
+
+
+def library_path() -> Path | None:
+    """The built library beside this file; None where the install found no compiler."""
+    here = Path(__file__).parent
+    found = [here / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
+    return next((path for path in found if path.is_file()), None)
+
+
+def load(instruction_set: InstructionSet | None = None) -> Library | None:
+    """The library for this instruction set, or for the best the processor has; None where it was not built.
+
+    Raises `ValueError` for one that this processor lacks. torch is imported before the library is opened,
+    so that both run on torch's OpenMP: two of them in one process fight over the cores.
+    """
+    import torch  # noqa: F401
+
+    path = library_path()
+    if path is None:
+        return None
+    opened = ctypes.CDLL(str(path))
+    best = int(opened.loraplex_best_isa())
+    isa = best if instruction_set is None else INSTRUCTION_SETS.index(instruction_set)
+    if isa > best:
+        raise ValueError(
+            f"this processor has no {instruction_set}: the best it has is {INSTRUCTION_SETS[best]}"
+        )
+    return Library({name: _declared(opened, name) for name in _ARGUMENTS}, isa)
+
+
+def _declared(opened: ctypes.CDLL, name: str) -> Callable[..., int]:
+    function = opened[f"loraplex_{name}"]
+    function.argtypes = [_INT, _INT, *_ARGUMENTS[name]]
+    function.restype = _INT
+    return function
