@@ -24,6 +24,11 @@ _INT, _SIZE, _POINTER, _FLOAT = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p,
 # After the instruction set and the threads, which every one of them takes first.
 _ARGUMENTS: dict[str, tuple[type, ...]] = {
     "threads": (),
+    "ask_large_pages": (_POINTER, _SIZE),
+    "pack_nf4": (_POINTER, _POINTER, _POINTER, _SIZE, _SIZE),
+    "pack_bf16": (_POINTER, _POINTER, _SIZE, _SIZE),
+    "nf4_linear": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
+    "bf16_linear": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
 }
 
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from adapters.adapter import Site
 from adapters.pool import SitePages
 from kernels import reference
+from kernels.cpu import operations
+from kernels.cpu.library import Library
 from server.model.context import current_context
 
 
@@ -84,8 +86,41 @@ class FourBitWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """The exact product by the compiled kernels, which read the members' 4-bit codes as one matrix."""
+
+    library: Library
+    weight: operations.PackedWeight
+    bias: Tensor | None
+
+    @staticmethod
+    def serves(members: Sequence[Linear4bit]) -> bool:
+        """Whether the kernels have these codes: NF4 on the CPU, in blocks of 64 that do not straddle rows."""
+        return all(
+            member.weight.device.type == "cpu"
+            and member.weight.quant_state.quant_type == "nf4"
+            and member.weight.quant_state.blocksize == operations.BLOCK
+            and member.in_features % operations.BLOCK == 0
+            for member in members
+        )
+
+    @classmethod
+    def of(cls, members: Sequence[Linear4bit], library: Library) -> PackedLinear:
+        """Take the members' codes; theirs are let go with the members."""
+        weights = [FourBitWeight.of(member) for member in members]
+        codes = torch.cat([weight.packed.flatten() for weight in weights])
+        absmax = torch.cat([weight.absmax for weight in weights])
+        shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
+        packed = operations.pack_nf4(library, codes, absmax, shape)
+        return cls(library, packed, _joined_bias(members, torch.float32))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return operations.linear(self.library, x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
 class FourBitLinear:
-    """The exact product: dequantize, then one product for all members."""
+    """The exact product in plain PyTorch: dequantize, then one product for all members."""
 
     weights: tuple[FourBitWeight, ...]
     bias: Tensor | None

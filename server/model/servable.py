@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from adapters.adapter import Layout, Site
 from adapters.pool import SitePages
+from kernels.cpu.library import Library
 from server.model.attention import IMPLEMENTATION, AttentionLayer, register
 from server.model.linear import (
     BaseLinear,
@@ -25,6 +26,7 @@ from server.model.linear import (
     LinearGroup,
     LoRALinear,
     ModuleLinear,
+    PackedLinear,
 )
 from server.model.probe import probe, refuse_unserved_config
 from server.model.steady import install_rotary_tables, install_steady_activations
@@ -61,9 +63,13 @@ class ServableModel:
 
 
 def make_servable(
-    model: PreTrainedModel, *, backend: LinearBackend = "exact", max_model_len: int | None = None
+    model: PreTrainedModel,
+    *,
+    backend: LinearBackend = "exact",
+    library: Library | None = None,
+    max_model_len: int | None = None,
 ) -> ServableModel:
-    """Probe the model and replace what has state per request, in place.
+    """Probe the model and replace what has state per request, in place; `library` multiplies by the base if given.
 
     Raises `UnsupportedModelError` for an architecture that cannot be served, naming it and the reason.
     """
@@ -77,26 +83,33 @@ def make_servable(
     if model.device.type == "cpu" and model.dtype is torch.float32:
         install_steady_activations(model)
     findings = probe(model)
-    groups = tuple(_install_group(model, site, backend) for site in findings.layout.sites)
+    groups = tuple(_install_group(model, site, backend, library) for site in findings.layout.sites)
     return ServableModel(model, findings.layout, groups, findings.attention, length)
 
 
-def _install_group(model: PreTrainedModel, site: Site, backend: LinearBackend) -> LinearGroup:
+def _install_group(
+    model: PreTrainedModel, site: Site, backend: LinearBackend, library: Library | None
+) -> LinearGroup:
     members = [cast(nn.Linear, model.get_submodule(member.module)) for member in site.members]
-    group = LinearGroup(site, _base(members, model.dtype, backend))
+    group = LinearGroup(site, _base(members, model.dtype, backend, library))
     for position, member in enumerate(site.members):
         model.set_submodule(member.module, LoRALinear(group, position))
     return group
 
 
-def _base(members: Sequence[nn.Linear], dtype: torch.dtype, backend: LinearBackend) -> BaseLinear:
+def _base(
+    members: Sequence[nn.Linear], dtype: torch.dtype, backend: LinearBackend, library: Library | None
+) -> BaseLinear:
     quantized = isinstance(members[0], Linear4bit | Linear8bitLt)
     if any(type(member) is not type(members[0]) for member in members) or (
         quantized and backend == "bitsandbytes"
     ):
         return ModuleLinear(tuple(members))
     if isinstance(members[0], Linear4bit):
-        return FourBitLinear.of(cast(Sequence[Linear4bit], members), dtype)
+        four_bit = cast(Sequence[Linear4bit], members)
+        if library is not None and PackedLinear.serves(four_bit):
+            return PackedLinear.of(four_bit, library)
+        return FourBitLinear.of(four_bit, dtype)
     if isinstance(members[0], Linear8bitLt):
         return Int8Linear.of(cast(Sequence[Linear8bitLt], members), dtype)
     return DenseLinear.of(members)
