@@ -8,9 +8,12 @@ token of the sequence wrote. Knows nothing of adapters' names or of sequences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -43,6 +46,26 @@ def segments_of(rows: list[tuple[int, tuple[int, ...], tuple[float, ...]]]) -> t
     return tuple(found)
 
 
+@dataclass(frozen=True, slots=True)
+class FlatSegments:
+    """Segments as arrays: all pages one after the other, and where each segment's begin."""
+
+    table: NDArray[np.int32]  # [segments, 4]: start, end, first page, pages
+    pages: NDArray[np.int32]
+    weights: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> FlatSegments:
+        table: list[tuple[int, int, int, int]] = []
+        pages: list[int] = []
+        weights: list[float] = []
+        for segment in segments:
+            table.append((segment.start, segment.end, len(pages), len(segment.pages)))
+            pages.extend(segment.pages)
+            weights.extend(segment.weights)
+        return cls(np.array(table, np.int32), np.array(pages, np.int32), np.array(weights, np.float32))
+
+
 KV_TILE = (
     256  # keys are summed in tiles at fixed multiples of this, whatever the chunk: a row's bits depend on it
 )
@@ -55,7 +78,7 @@ class Span:
     start: int
     end: int
     kv_length: int
-    blocks: tuple[int, ...]
+    blocks: Sequence[int] | NDArray[np.int32]
 
 
 @dataclass(slots=True)
@@ -69,6 +92,16 @@ class Spans:
     block_size: int
     device: torch.device
     _tiles: dict[tuple[int, int], slice | Tensor] = field(default_factory=dict)
+    _flat: tuple[NDArray[np.int64], NDArray[np.int32]] | None = None
+
+    def flat(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Start, end, kv_length and the place of the first block, by span; and all blocks one after the other."""
+        if self._flat is None:
+            blocks = [np.asarray(span.blocks, np.int32) for span in self.spans]
+            first = np.cumsum([0, *map(len, blocks)])
+            table = [(s.start, s.end, s.kv_length, at) for s, at in zip(self.spans, first, strict=False)]
+            self._flat = (np.array(table, np.int64), np.concatenate(blocks))
+        return self._flat
 
     def tile(self, span: int, tile: int) -> slice | Tensor:
         """The `KV_TILE` cache positions of a span's tile: a slice where they lie side by side, else their indices.
@@ -82,7 +115,7 @@ class Spans:
 
     def _find(self, span: Span, tile: int) -> slice | Tensor:
         per_tile = KV_TILE // self.block_size
-        blocks = span.blocks[tile * per_tile : (tile + 1) * per_tile]
+        blocks = tuple(map(int, span.blocks[tile * per_tile : (tile + 1) * per_tile]))
         first = blocks[0]
         if all(block == first + i for i, block in enumerate(blocks)):
             return slice(first * self.block_size, first * self.block_size + KV_TILE)

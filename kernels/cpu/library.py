@@ -29,6 +29,19 @@ _ARGUMENTS: dict[str, tuple[type, ...]] = {
     "pack_bf16": (_POINTER, _POINTER, _SIZE, _SIZE),
     "nf4_linear": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
     "bf16_linear": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
+    "add_deltas": (*(_POINTER,) * 5, *(_SIZE,) * 4, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER),
+    "attention": (
+        *(_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER),
+        *(_SIZE,) * 6,
+        *(_POINTER, _SIZE, _POINTER, _FLOAT, _SIZE, _FLOAT, _POINTER),
+    ),
+    "write_kv": (
+        *(_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER),
+        *(_SIZE,) * 5,
+    ),
+    "rms_norm": (_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _FLOAT),
+    "gate": (_POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE),
+    "rotate": (_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
 }
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.cpu.library import Library
+from kernels.segments import FlatSegments, Spans
 
 STRIP, BLOCK = 32, 64  # rows and columns that packed weights come in: packed.h
 _BLOCK_BYTES = {"nf4": STRIP * BLOCK // 2 + STRIP * 4, "bf16": STRIP * BLOCK * 2}
 _LARGE_PAGE = 2 << 20
+_PAGE_RANK = 16  # rank rows of an adapter's page: lora.c
 
 
 def threads(library: Library) -> int:
@@ -101,3 +105,223 @@ def linear(
         inside,
     )
     return y.to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Deltas:
+    """The deltas of one site's pages: what `reference.shrink` and `expand` do segment by segment, in one call."""
+
+    library: Library
+    a: Tensor  # [pages, members, 16, in] float32 or bfloat16
+    b: Tensor  # [pages, 16, sum of widths], as a
+    scale: Tensor  # [pages, members] float32
+    widths: NDArray[np.int64]  # [members]
+
+    @classmethod
+    def of(cls, library: Library, a: Tensor, b: Tensor, scale: Tensor, widths: tuple[int, ...]) -> Deltas:
+        assert a.dtype is b.dtype
+        assert a.dtype in (torch.float32, torch.bfloat16)
+        assert scale.dtype is torch.float32
+        assert a.shape[2] == b.shape[1] == _PAGE_RANK
+        assert (a.shape[:2], b.shape[2]) == (scale.shape, sum(widths))
+        assert all(tensor.is_contiguous() and not tensor.is_cuda for tensor in (a, b, scale))
+        return cls(library, a, b, scale, np.array(widths, np.int64))
+
+    def add(
+        self,
+        y: Tensor,  # [rows, sum of widths] float32, written
+        x: Tensor,  # [rows, in]
+        segments: FlatSegments,
+    ) -> None:
+        """`y[t, m] += weight * scale * x[t] @ a[page, m].T @ b[page, :, m]`, summed over the segment's pages."""
+        x = x.float().contiguous()
+        assert y.dtype is torch.float32
+        assert y.is_contiguous()
+        assert (len(x), x.shape[1], y.shape[1]) == (len(y), self.a.shape[3], self.b.shape[2])
+        run(
+            self.library,
+            "add_deltas",
+            y.data_ptr(),
+            x.data_ptr(),
+            self.a.data_ptr(),
+            self.b.data_ptr(),
+            self.scale.data_ptr(),
+            self.a.dtype is torch.bfloat16,
+            x.shape[1],
+            y.shape[1],
+            len(self.widths),
+            self.widths.ctypes.data,
+            segments.table.ctypes.data,
+            len(segments.table),
+            segments.pages.ctypes.data,
+            segments.weights.ctypes.data,
+        )
+
+
+def write_kv(
+    library: Library,
+    k_cache: Tensor,  # [positions, kv heads, k width] float32 or bfloat16, written
+    v_cache: Tensor,  # [positions, kv heads, v width], as k_cache
+    k: Tensor,  # [rows or more, kv heads, k width] float32
+    v: Tensor,  # [rows or more, kv heads, v width] float32
+    kv_index: Tensor,  # [rows or more] int64
+    rows: int,
+) -> None:
+    """`cache[kv_index[t]] = k[t]` and the same of v, for the first `rows` rows."""
+    k, v = _with_dense_heads(k), _with_dense_heads(v)
+    assert kv_index.dtype is torch.int64
+    run(
+        library,
+        "write_kv",
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        k.data_ptr(),
+        *k.stride()[:2],
+        v.data_ptr(),
+        *v.stride()[:2],
+        kv_index.data_ptr(),
+        rows,
+        *k_cache.shape[1:],
+        v_cache.shape[2],
+        k_cache.dtype is torch.bfloat16,
+    )
+
+
+def attention(
+    library: Library,
+    q: Tensor,  # [rows, query heads, k width] float32
+    k_cache: Tensor,  # [positions, kv heads, k width] float32 or bfloat16
+    v_cache: Tensor,  # [positions, kv heads, v width], as k_cache
+    spans: Spans,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,  # [query heads]
+) -> Tensor:  # [rows, query heads, v width]
+    """Causal attention of every span over its own blocks; rows of no span come back as zeros."""
+    q = _with_dense_heads(q)
+    assert k_cache.dtype is v_cache.dtype
+    assert k_cache.is_contiguous()
+    assert v_cache.is_contiguous()
+    out = torch.empty(*q.shape[:2], v_cache.shape[2])
+    covered = spans.spans[-1].end if spans.spans else 0
+    out[covered:].zero_()
+    if not covered:
+        return out
+    table, blocks = spans.flat()
+    sinks = None if sinks is None else sinks.float().contiguous()
+    run(
+        library,
+        "attention",
+        out.data_ptr(),
+        q.data_ptr(),
+        *q.stride()[:2],
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        k_cache.dtype is torch.bfloat16,
+        q.shape[1],
+        *k_cache.shape[1:],
+        v_cache.shape[2],
+        spans.block_size,
+        table.ctypes.data,
+        len(table),
+        blocks.ctypes.data,
+        scale,
+        window or 0,
+        softcap or 0.0,
+        0 if sinks is None else sinks.data_ptr(),
+    )
+    return out
+
+
+def _with_dense_heads(
+    rows: Tensor,  # [rows, heads, width] float32
+) -> Tensor:
+    """The same rows, each head's numbers side by side; rows and heads may lie as they like."""
+    assert rows.dtype is torch.float32
+    return rows if rows.stride(2) == 1 else rows.contiguous()
+
+
+def rms_norm(
+    library: Library,
+    x: Tensor,  # [..., width] float32
+    weight: Tensor,  # [width] float32
+    epsilon: float,
+) -> Tensor:
+    """`weight * x / sqrt(mean(x^2) + epsilon)` (Zhang and Sennrich 2019)."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    width = x.shape[-1]
+    assert weight.shape == (width,)
+    assert (x.dtype, weight.dtype) == (torch.float32, torch.float32)
+    run(
+        library, "rms_norm", y.data_ptr(), x.data_ptr(), weight.data_ptr(), x.numel() // width, width, epsilon
+    )
+    return y
+
+
+_ACTIVATIONS = ("silu", "gelu_tanh")  # in the order of rows.c's numbers
+
+
+def gate(
+    library: Library,
+    activation: Literal["silu", "gelu_tanh"],
+    x: Tensor,  # [..., width] float32
+    up: Tensor | None = None,  # the same shape
+) -> Tensor:
+    """`activation(x) * up`, or the activation alone: of elements whose bits do not depend on where they lie."""
+    width = x.shape[-1]
+    y = torch.empty(x.shape)
+    rows = _as_rows(x)
+    others = None if up is None else _as_rows(up)
+    assert others is None or others.shape == rows.shape
+    run(
+        library,
+        "gate",
+        y.data_ptr(),
+        rows.data_ptr(),
+        rows.stride(0),
+        0 if others is None else others.data_ptr(),
+        0 if others is None else others.stride(0),
+        len(rows),
+        width,
+        _ACTIVATIONS.index(activation),
+    )
+    return y
+
+
+def _as_rows(
+    x: Tensor,  # [..., width] float32
+) -> Tensor:  # [rows, width]
+    """A view with each row's numbers side by side, a copy where there is none."""
+    assert x.dtype is torch.float32
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def rotate(
+    library: Library,
+    x: Tensor,  # [rows, heads, width] float32
+    cos: Tensor,  # [rows, width] float32
+    sin: Tensor,  # [rows, width] float32
+) -> Tensor:  # [rows, heads, width]
+    """`x * cos + rotate_half(x) * sin`, the same bits as plain PyTorch's (Su et al. 2021, RoPE)."""
+    x, cos, sin = _with_dense_heads(x), cos.contiguous(), sin.contiguous()
+    rows, heads, width = x.shape
+    assert cos.shape == sin.shape == (rows, width)
+    assert cos.dtype is sin.dtype is torch.float32
+    y = torch.empty(rows, heads, width)
+    run(
+        library,
+        "rotate",
+        y.data_ptr(),
+        x.data_ptr(),
+        *x.stride()[:2],
+        cos.data_ptr(),
+        sin.data_ptr(),
+        rows,
+        heads,
+        width,
+    )
+    return y

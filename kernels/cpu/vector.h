@@ -48,6 +48,10 @@
 typedef float portable_vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint16_t portable_half __attribute__((vector_size(16), aligned(2), may_alias));
 typedef uint32_t portable_bits __attribute__((vector_size(32), aligned(4), may_alias));
+static inline __attribute__((unused)) portable_vec portable_max(portable_vec a, portable_vec b) {
+    const portable_bits larger = (portable_bits)(a > b);
+    return (portable_vec)((larger & (portable_bits)a) | (~larger & (portable_bits)b));
+}
 #endif
 
 #define ISA_NAME portable
@@ -62,7 +66,7 @@ typedef uint32_t portable_bits __attribute__((vector_size(32), aligned(4), may_a
     ((portable_vec)(__builtin_convertvector(*(const portable_half *)(from), portable_bits) << 16))
 #define vadd(a, b) ((a) + (b))
 #define vmul(a, b) ((a) * (b))
-#define vmax(a, b) ((a) > (b) ? (a) : (b))
+#define vmax(a, b) portable_max(a, b)
 #define vfma(a, b, c) ((a) * (b) + (c))
 
 #endif

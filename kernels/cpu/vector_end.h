@@ -16,3 +16,6 @@
 #undef vmul
 #undef vmax
 #undef vfma
+#undef BITS
+#undef INLINE
+#undef KEEP
