@@ -21,6 +21,8 @@ from adapters.loader import Loader
 from adapters.pool import Pool
 from adapters.registry import Registry
 from adapters.store import Store
+from kernels.cpu.library import Library
+from kernels.cpu.library import load as load_library
 from server.config import Settings
 from server.engine.blocks import Blocks
 from server.engine.engine import Engine
@@ -33,6 +35,8 @@ from server.model.servable import ServableModel, make_servable
 from server.serving import GenerationDefaults, Served, Serving
 from server.text.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 _NOISY = ("transformers", "bitsandbytes", "accelerate", "huggingface_hub", "torch")
 _SMALL = 50_000_000  # weights in the linears
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
@@ -43,9 +47,11 @@ def load(settings: Settings, serving: Serving) -> None:
     quiet_libraries()
     keep_large_blocks()
     serving.detail, serving.progress = "loading weights", 0.1
+    source = model_source(settings)
     servable = make_servable(
-        load_model(model_source(settings)),
+        load_model(source),
         backend=settings.linear_backend,
+        library=cpu_kernels(settings, source.device),
         max_model_len=settings.max_model_len,
     )
     serving.detail, serving.progress = "planning memory", 0.7
@@ -77,6 +83,18 @@ def model_source(settings: Settings) -> ModelSource:
         settings.quantized_folder,
         settings.trust_remote_code,
     )
+
+
+def cpu_kernels(settings: Settings, device: torch.device) -> Library | None:
+    """The compiled kernels where they are wanted; their absence is said once."""
+    if device.type != "cpu" or settings.linear_backend != "exact":
+        return None
+    library = load_library()
+    if library is None:
+        logger.warning(
+            "no compiled CPU kernels, so plain PyTorch multiplies; install with a C compiler to have them"
+        )
+    return library
 
 
 def assemble(settings: Settings, servable: ServableModel, plan: MemoryPlan, tokenizer: Tokenizer) -> Served:
@@ -187,14 +205,15 @@ def keep_large_blocks() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     except (OSError, AttributeError):  # another C library; its allocator has habits of its own
-        logging.getLogger(__name__).debug("no mallopt here")
+        logger.debug("no mallopt here")
 
 
 def _model_line(settings: Settings, servable: ServableModel) -> str:
     dtype = str(servable.dtype).removeprefix("torch.")
+    kernels = f" with {servable.library.instruction_set} kernels" if servable.library else ""
     return (
         f"model       {type(servable.model).__name__}, {settings.quantization} weights, {dtype} on "
-        f"{servable.device.type}, {len(servable.layout.modules)} adaptable linears"
+        f"{servable.device.type}{kernels}, {len(servable.layout.modules)} adaptable linears"
     )
 
 

@@ -27,8 +27,10 @@ _ARGUMENTS: dict[str, tuple[type, ...]] = {
     "ask_large_pages": (_POINTER, _SIZE),
     "pack_nf4": (_POINTER, _POINTER, _POINTER, _SIZE, _SIZE),
     "pack_bf16": (_POINTER, _POINTER, _SIZE, _SIZE),
+    "pack_f32": (_POINTER, _POINTER, _SIZE, _SIZE),
     "nf4_linear": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
     "bf16_linear": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
+    "f32_linear": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
     "add_deltas": (*(_POINTER,) * 5, *(_SIZE,) * 4, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER),
     "attention": (
         *(_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER),

@@ -1,28 +1,31 @@
-/* y = x @ W.T + bias, for weights packed as packed.h says: NF4 codes or bfloat16, exact in float. */
+/* y = x @ W.T + bias, for weights packed as packed.h says: NF4 codes, bfloat16 or floats, exact in float. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "cpu.h"
 #include "packed.h"
 
+static const float ONES[STRIP] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                  1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
 #define ISA ISA_PORTABLE
 #include "vector.h"
 #include "tile_body.h"
 #include "nf4_body.h"
-#include "bf16_body.h"
+#include "dense_body.h"
 #include "vector_end.h"
 #if defined(__x86_64__)
 #define ISA ISA_AVX2
 #include "vector.h"
 #include "tile_body.h"
 #include "nf4_body.h"
-#include "bf16_body.h"
+#include "dense_body.h"
 #include "vector_end.h"
 #define ISA ISA_AVX512
 #include "vector.h"
 #include "tile_body.h"
 #include "nf4_body.h"
-#include "bf16_body.h"
+#include "dense_body.h"
 #include "vector_end.h"
 #endif
 
@@ -33,6 +36,7 @@
 typedef void (*strip_fn)(const float *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks, float *y);
 static const strip_fn nf4_strips[] = ISA_TABLE(nf4_strip);
 static const strip_fn bf16_strips[] = ISA_TABLE(bf16_strip);
+static const strip_fn f32_strips[] = ISA_TABLE(f32_strip);
 
 static int64_t strips_of(int64_t n) { return (n + STRIP - 1) / STRIP; }
 static int64_t blocks_of(int64_t k) { return (k + BLOCK - 1) / BLOCK; }
@@ -69,20 +73,28 @@ EXPORT int32_t loraplex_pack_nf4(int32_t isa, int32_t threads, const uint8_t *co
     return 0;
 }
 
+/* [n, k] to [strips, blocks, BLOCK, STRIP], for elements of one size; zeros past the matrix. */
+#define PACK_PLAIN(weight, packed, n, k, threads) \
+    _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t s = 0; s < strips_of(n); s++) \
+        for (int64_t b = 0; b < blocks_of(k); b++) \
+            for (int64_t r = 0; r < STRIP; r++) \
+                for (int64_t i = 0; i < BLOCK; i++) { \
+                    const int64_t row = s * STRIP + r, column = b * BLOCK + i; \
+                    packed[((s * blocks_of(k) + b) * BLOCK + i) * STRIP + r] = \
+                        row < n && column < k ? weight[row * k + column] : 0; \
+                }
+
 /* weight: [n, k] bfloat16. packed: [strips, blocks, BF16_BYTES]. */
-EXPORT int32_t loraplex_pack_bf16(int32_t isa, int32_t threads, const uint16_t *weight, uint16_t *packed, int64_t n,
-                                  int64_t k) {
-    const int64_t blocks = blocks_of(k);
+EXPORT int32_t loraplex_pack_bf16(int32_t isa, int32_t threads, const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k) {
     (void)isa;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t s = 0; s < strips_of(n); s++)
-        for (int64_t b = 0; b < blocks; b++) {
-            uint16_t *to = packed + (s * blocks + b) * STRIP * BLOCK;
-            memset(to, 0, BF16_BYTES);
-            for (int64_t r = 0; r < least(STRIP, n - s * STRIP); r++)
-                for (int64_t i = 0; i < least(BLOCK, k - b * BLOCK); i++)
-                    to[i * STRIP + r] = weight[(s * STRIP + r) * k + b * BLOCK + i];
-        }
+    PACK_PLAIN(weight, packed, n, k, threads)
+    return 0;
+}
+
+/* weight: [n, k] float. packed: [strips, blocks, F32_BYTES]. */
+EXPORT int32_t loraplex_pack_f32(int32_t isa, int32_t threads, const uint32_t *weight, uint32_t *packed, int64_t n, int64_t k) {
+    (void)isa;
+    PACK_PLAIN(weight, packed, n, k, threads)
     return 0;
 }
 
@@ -137,7 +149,7 @@ static int32_t multiply(product p, int32_t threads, const float *x, int64_t k) {
     const int64_t strips = strips_of(p.n), share = strips / (4 * threads);
     const int64_t group = share < 1 ? 1 : least(share, GROUP);
     float *gathered = NULL;
-    if (p.rows > 1 || k % BLOCK) {
+    if (p.rows > 1 || (p.rows == 1 && k % BLOCK)) {
         gathered = malloc(p.rows * p.blocks * BLOCK * sizeof(float));
         if (!gathered) return -1;
     }
@@ -162,8 +174,13 @@ EXPORT int32_t loraplex_nf4_linear(int32_t isa, int32_t threads, const float *x,
     return multiply((product){nf4_strips[isa], NF4_BYTES, packed, NULL, bias, y, rows, n, blocks_of(k)}, threads, x, k);
 }
 
-/* The same for weights in bfloat16 and any k. */
+/* The same for plain weights and any k. */
 EXPORT int32_t loraplex_bf16_linear(int32_t isa, int32_t threads, const float *x, const uint8_t *packed, const float *bias,
                                     float *y, int64_t rows, int64_t n, int64_t k) {
     return multiply((product){bf16_strips[isa], BF16_BYTES, packed, NULL, bias, y, rows, n, blocks_of(k)}, threads, x, k);
+}
+
+EXPORT int32_t loraplex_f32_linear(int32_t isa, int32_t threads, const float *x, const uint8_t *packed, const float *bias,
+                                   float *y, int64_t rows, int64_t n, int64_t k) {
+    return multiply((product){f32_strips[isa], F32_BYTES, packed, NULL, bias, y, rows, n, blocks_of(k)}, threads, x, k);
 }

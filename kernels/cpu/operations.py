@@ -17,7 +17,12 @@ from kernels.cpu.library import Library
 from kernels.segments import FlatSegments, Spans
 
 STRIP, BLOCK = 32, 64  # rows and columns that packed weights come in: packed.h
-_BLOCK_BYTES = {"nf4": STRIP * BLOCK // 2 + STRIP * 4, "bf16": STRIP * BLOCK * 2}
+Kind = Literal["nf4", "bf16", "f32"]
+_BLOCK_BYTES: dict[Kind, int] = {
+    "nf4": STRIP * BLOCK // 2 + STRIP * 4,
+    "bf16": STRIP * BLOCK * 2,
+    "f32": STRIP * BLOCK * 4,
+}
 _LARGE_PAGE = 2 << 20
 _PAGE_RANK = 16  # rank rows of an adapter's page: lora.c
 
@@ -40,11 +45,11 @@ class PackedWeight:
     """One matrix of weights in the order in which the library's kernels read it."""
 
     data: Tensor  # uint8
-    kind: Literal["nf4", "bf16"]
+    kind: Kind
     shape: tuple[int, int]  # (out, in)
 
     @classmethod
-    def empty(cls, library: Library, kind: Literal["nf4", "bf16"], shape: tuple[int, int]) -> PackedWeight:
+    def empty(cls, library: Library, kind: Kind, shape: tuple[int, int]) -> PackedWeight:
         """Room for the matrix, on large pages where the system has them."""
         size = -(-shape[0] // STRIP) * -(-shape[1] // BLOCK) * _BLOCK_BYTES[kind]
         held = torch.empty(size + _LARGE_PAGE, dtype=torch.uint8)  # what lies past the end is never touched
@@ -69,15 +74,16 @@ def pack_nf4(
     return packed
 
 
-def pack_bf16(
+def pack_plain(
     library: Library,
-    weight: Tensor,  # [out, in] bfloat16
+    weight: Tensor,  # [out, in] float32 or bfloat16
 ) -> PackedWeight:
-    """A bfloat16 matrix in the kernels' order."""
-    assert weight.dtype is torch.bfloat16
-    weight = weight.contiguous()
-    packed = PackedWeight.empty(library, "bf16", (weight.shape[0], weight.shape[1]))
-    run(library, "pack_bf16", weight.data_ptr(), packed.data.data_ptr(), *packed.shape)
+    """A plain matrix in the kernels' order: in bfloat16 if every value is one, so that half the bytes are read."""
+    halves = weight.bfloat16()
+    kind: Kind = "bf16" if torch.equal(halves.to(weight.dtype), weight) else "f32"
+    weight = (halves if kind == "bf16" else weight).contiguous()
+    packed = PackedWeight.empty(library, kind, (weight.shape[0], weight.shape[1]))
+    run(library, f"pack_{kind}", weight.data_ptr(), packed.data.data_ptr(), *packed.shape)
     return packed
 
 
@@ -205,9 +211,8 @@ def attention(
     assert k_cache.is_contiguous()
     assert v_cache.is_contiguous()
     out = torch.empty(*q.shape[:2], v_cache.shape[2])
-    covered = spans.spans[-1].end if spans.spans else 0
-    out[covered:].zero_()
-    if not covered:
+    out[spans.rows :].zero_()
+    if not spans.rows:
         return out
     table, blocks = spans.flat()
     sinks = None if sinks is None else sinks.float().contiguous()
@@ -261,12 +266,13 @@ def rms_norm(
     return y
 
 
-_ACTIVATIONS = ("silu", "gelu_tanh")  # in the order of rows.c's numbers
+Activation = Literal["silu", "gelu_tanh"]
+_ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh")  # in the order of rows.c's numbers
 
 
 def gate(
     library: Library,
-    activation: Literal["silu", "gelu_tanh"],
+    activation: Activation,
     x: Tensor,  # [..., width] float32
     up: Tensor | None = None,  # the same shape
 ) -> Tensor:

@@ -9,7 +9,7 @@
  *   dwords  dword [g][r] holds columns 8g .. 8g + 7 of row r: byte i has column 8g + i low and 8g + 4 + i high. One shift
  *           and one permutation make sixteen floats (AVX-512).
  *
- * A bfloat16 block is [64 columns][32 rows] of the weights' upper halves. */
+ * A block of plain weights is [64 columns][32 rows] of floats, or of their upper halves (bfloat16). */
 #ifndef LORAPLEX_PACKED_H
 #define LORAPLEX_PACKED_H
 
@@ -20,6 +20,7 @@
 #define NF4_CODES (STRIP * BLOCK / 2)
 #define NF4_BYTES (NF4_CODES + STRIP * 4)
 #define BF16_BYTES (STRIP * BLOCK * 2)
+#define F32_BYTES (STRIP * BLOCK * 4)
 #define PLACE(r) ((r) / 4 % 2 * 16 + ((r) < 16 ? (r) / 8 * 4 + (r) % 4 : 8 + (r) % 4 * 2 + (r) / 8 % 2))
 
 /* What the codes stand for (Dettmers et al. 2023, QLoRA, appendix E). */

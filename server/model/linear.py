@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import bitsandbytes.functional as bnb
 import torch
@@ -87,31 +87,41 @@ class FourBitWeight:
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """The exact product by the compiled kernels, which read the members' 4-bit codes as one matrix."""
+    """The exact product by the compiled kernels, which read the members' weights as one matrix in their own order.
+
+    The members' weights are let go with the members, so that they exist once.
+    """
 
     library: Library
     weight: operations.PackedWeight
     bias: Tensor | None
 
     @staticmethod
-    def serves(members: Sequence[Linear4bit]) -> bool:
-        """Whether the kernels have these codes: NF4 on the CPU, in blocks of 64 that do not straddle rows."""
+    def serves(members: Sequence[nn.Linear]) -> bool:
+        """Whether there is a kernel for these: plain weights, and NF4 in blocks of 64 that do not straddle rows."""
         return all(
-            member.weight.device.type == "cpu"
-            and member.weight.quant_state.quant_type == "nf4"
-            and member.weight.quant_state.blocksize == operations.BLOCK
-            and member.in_features % operations.BLOCK == 0
+            type(member) is nn.Linear
+            or (
+                isinstance(member, Linear4bit)
+                and member.weight.quant_state.quant_type == "nf4"
+                and member.weight.quant_state.blocksize == operations.BLOCK
+                and member.in_features % operations.BLOCK == 0
+            )
             for member in members
         )
 
     @classmethod
-    def of(cls, members: Sequence[Linear4bit], library: Library) -> PackedLinear:
-        """Take the members' codes; theirs are let go with the members."""
-        weights = [FourBitWeight.of(member) for member in members]
-        codes = torch.cat([weight.packed.flatten() for weight in weights])
-        absmax = torch.cat([weight.absmax for weight in weights])
-        shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
-        packed = operations.pack_nf4(library, codes, absmax, shape)
+    def of(cls, members: Sequence[nn.Linear], library: Library) -> PackedLinear:
+        if isinstance(members[0], Linear4bit):
+            weights = [FourBitWeight.of(cast(Linear4bit, member)) for member in members]
+            packed = operations.pack_nf4(
+                library,
+                torch.cat([weight.packed.flatten() for weight in weights]),
+                torch.cat([weight.absmax for weight in weights]),
+                (sum(weight.shape[0] for weight in weights), weights[0].shape[1]),
+            )
+        else:
+            packed = operations.pack_plain(library, torch.cat([member.weight.detach() for member in members]))
         return cls(library, packed, _joined_bias(members, torch.float32))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -214,6 +224,18 @@ class LinearGroup:
         for segment in context.segments.get(self.site.group, ()):
             v = reference.shrink(x, self.pages.a, self.pages.scale, segment)
             reference.expand(y, v, self.pages.b, self.widths, segment)
+
+
+class Head(nn.Module):
+    """Stands for the output embedding, which no adapter changes."""
+
+    def __init__(self, base: BaseLinear) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.base(x.reshape(-1, x.shape[-1]))
+        return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
 class LoRALinear(nn.Module):

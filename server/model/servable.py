@@ -22,6 +22,7 @@ from server.model.linear import (
     BaseLinear,
     DenseLinear,
     FourBitLinear,
+    Head,
     Int8Linear,
     LinearGroup,
     LoRALinear,
@@ -43,6 +44,7 @@ class ServableModel:
     groups: tuple[LinearGroup, ...]  # index as in layout.sites
     attention: tuple[AttentionLayer, ...]
     max_model_len: int
+    library: Library | None  # of compiled kernels, where they run
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +86,9 @@ def make_servable(
         install_steady_activations(model)
     findings = probe(model)
     groups = tuple(_install_group(model, site, backend, library) for site in findings.layout.sites)
-    return ServableModel(model, findings.layout, groups, findings.attention, length)
+    if library is not None:
+        _install_head(model, library)
+    return ServableModel(model, findings.layout, groups, findings.attention, length, library)
 
 
 def _install_group(
@@ -97,6 +101,14 @@ def _install_group(
     return group
 
 
+def _install_head(model: PreTrainedModel, library: Library) -> None:
+    """The output embedding by the same kernels. One that shares its weights with the input embedding is packed beside
+    them: the one is read whole, the other by rows."""
+    head = model.get_output_embeddings()
+    (path,) = (path for path, module in model.named_modules() if module is head)
+    model.set_submodule(path, Head(PackedLinear.of([head], library)))
+
+
 def _base(
     members: Sequence[nn.Linear], dtype: torch.dtype, backend: LinearBackend, library: Library | None
 ) -> BaseLinear:
@@ -105,11 +117,10 @@ def _base(
         quantized and backend == "bitsandbytes"
     ):
         return ModuleLinear(tuple(members))
+    if library is not None and PackedLinear.serves(members):
+        return PackedLinear.of(members, library)
     if isinstance(members[0], Linear4bit):
-        four_bit = cast(Sequence[Linear4bit], members)
-        if library is not None and PackedLinear.serves(four_bit):
-            return PackedLinear.of(four_bit, library)
-        return FourBitLinear.of(four_bit, dtype)
+        return FourBitLinear.of(cast(Sequence[Linear4bit], members), dtype)
     if isinstance(members[0], Linear8bitLt):
         return Int8Linear.of(cast(Sequence[Linear8bitLt], members), dtype)
     return DenseLinear.of(members)

@@ -45,8 +45,17 @@ def nf4(library, shape):
 
 
 def bf16(library, shape):
-    weight = torch.randn(shape).bfloat16()
-    return operations.pack_bf16(library, weight), weight.float()
+    weight = torch.randn(shape).bfloat16().float()
+    packed = operations.pack_plain(library, weight)
+    assert packed.kind == "bf16"
+    return packed, weight
+
+
+def f32(library, shape):
+    weight = torch.randn(shape)
+    packed = operations.pack_plain(library, weight)
+    assert packed.kind == "f32"
+    return packed, weight
 
 
 def assert_near(got, x, weight, bias):
@@ -56,7 +65,7 @@ def assert_near(got, x, weight, bias):
     assert (got.double() - exact).abs().le(bound).all()
 
 
-@pytest.mark.parametrize("pack", [nf4, bf16])
+@pytest.mark.parametrize("pack", [nf4, bf16, f32])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_product(library, pack, shape):
     packed, weight = pack(library, shape)
@@ -67,15 +76,16 @@ def test_the_product(library, pack, shape):
         assert_near(operations.linear(library, x, packed, None), x, weight, None)
 
 
+@pytest.mark.parametrize("pack", [bf16, f32])
 @pytest.mark.parametrize("inside", [1, 63, 65, 100])
-def test_bfloat16_weights_may_have_any_width(library, inside):
-    packed, weight = bf16(library, (40, inside))
+def test_plain_weights_may_have_any_width(library, pack, inside):
+    packed, weight = pack(library, (40, inside))
     x = torch.randn(3, inside)
     assert_near(operations.linear(library, x, packed, None), x, weight, None)
     assert_near(operations.linear(library, x[:1], packed, None), x[:1], weight, None)
 
 
-@pytest.mark.parametrize("pack", [nf4, bf16])
+@pytest.mark.parametrize("pack", [nf4, bf16, f32])
 @pytest.mark.parametrize("shape", [(95, 320), (256, 512)])
 @pytest.mark.usefixtures("two_threads")
 def test_a_rows_bits_are_its_own(library, pack, shape):
