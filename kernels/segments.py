@@ -48,22 +48,29 @@ def segments_of(rows: list[tuple[int, tuple[int, ...], tuple[float, ...]]]) -> t
 
 @dataclass(frozen=True, slots=True)
 class FlatSegments:
-    """Segments as arrays: all pages one after the other, and where each segment's begin."""
+    """Segments as arrays: all pages one after the other, and where each segment's begin; read by every layer."""
 
     table: NDArray[np.int32]  # [segments, 4]: start, end, first page, pages
     pages: NDArray[np.int32]
     weights: NDArray[np.float32]
+    addresses: tuple[int, int, int, int]  # of the table, how many segments, of the pages, of the weights
 
     @classmethod
     def of(cls, segments: Sequence[Segment]) -> FlatSegments:
-        table: list[tuple[int, int, int, int]] = []
+        places: list[tuple[int, int, int, int]] = []
         pages: list[int] = []
         weights: list[float] = []
         for segment in segments:
-            table.append((segment.start, segment.end, len(pages), len(segment.pages)))
+            places.append((segment.start, segment.end, len(pages), len(segment.pages)))
             pages.extend(segment.pages)
             weights.extend(segment.weights)
-        return cls(np.array(table, np.int32), np.array(pages, np.int32), np.array(weights, np.float32))
+        table, ids, shares = (
+            np.array(places, np.int32),
+            np.array(pages, np.int32),
+            np.array(weights, np.float32),
+        )
+        addresses = (table.ctypes.data, len(places), ids.ctypes.data, shares.ctypes.data)
+        return cls(table, ids, shares, addresses)
 
 
 KV_TILE = (
@@ -81,6 +88,25 @@ class Span:
     blocks: Sequence[int] | NDArray[np.int32]
 
 
+@dataclass(frozen=True, slots=True)
+class FlatSpans:
+    """Spans as arrays: all blocks one after the other, and where each span's begin; read by every layer."""
+
+    table: NDArray[np.int64]  # [spans, 4]: start, end, kv_length, first block
+    blocks: NDArray[np.int32]
+    addresses: tuple[int, int, int]  # of the table, how many spans, of the blocks
+
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> FlatSpans:
+        tables = [np.asarray(span.blocks, np.int32) for span in spans]
+        blocks, first, places = np.concatenate(tables), 0, []
+        for span, held in zip(spans, tables, strict=True):
+            places.append((span.start, span.end, span.kv_length, first))
+            first += len(held)
+        table = np.array(places, np.int64)
+        return cls(table, blocks, (table.ctypes.data, len(places), blocks.ctypes.data))
+
+
 @dataclass(slots=True)
 class Spans:
     """The spans of one step over a cache of `block_size` positions per block.
@@ -92,15 +118,17 @@ class Spans:
     block_size: int
     device: torch.device
     _tiles: dict[tuple[int, int], slice | Tensor] = field(default_factory=dict)
-    _flat: tuple[NDArray[np.int64], NDArray[np.int32]] | None = None
+    _flat: FlatSpans | None = None
 
-    def flat(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Start, end, kv_length and the place of the first block, by span; and all blocks one after the other."""
+    @property
+    def rows(self) -> int:
+        """Rows up to the last of a span; what comes after them only pads the step."""
+        return self.spans[-1].end if self.spans else 0
+
+    def flat(self) -> FlatSpans:
+        """The spans as arrays, made when first asked for."""
         if self._flat is None:
-            blocks = [np.asarray(span.blocks, np.int32) for span in self.spans]
-            first = np.cumsum([0, *map(len, blocks)])
-            table = [(s.start, s.end, s.kv_length, at) for s, at in zip(self.spans, first, strict=False)]
-            self._flat = (np.array(table, np.int64), np.concatenate(blocks))
+            self._flat = FlatSpans.of(self.spans)
         return self._flat
 
     def tile(self, span: int, tile: int) -> slice | Tensor:

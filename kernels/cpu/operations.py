@@ -118,20 +118,28 @@ class Deltas:
     """The deltas of one site's pages: what `reference.shrink` and `expand` do segment by segment, in one call."""
 
     library: Library
-    a: Tensor  # [pages, members, 16, in] float32 or bfloat16
-    b: Tensor  # [pages, 16, sum of widths], as a
-    scale: Tensor  # [pages, members] float32
-    widths: NDArray[np.int64]  # [members]
+    pages: tuple[Tensor, Tensor, Tensor, NDArray[np.int64]]  # held, so that their addresses are theirs
+    addresses: tuple[int, int, int]  # of a, b and scale
+    shape: tuple[int, ...]  # bfloat16 or not, width in and out, members, the address of their widths
 
     @classmethod
-    def of(cls, library: Library, a: Tensor, b: Tensor, scale: Tensor, widths: tuple[int, ...]) -> Deltas:
+    def of(
+        cls,
+        library: Library,
+        a: Tensor,  # [pages, members, 16, in] float32 or bfloat16
+        b: Tensor,  # [pages, 16, sum of widths], as a
+        scale: Tensor,  # [pages, members] float32
+        widths: tuple[int, ...],  # one per member
+    ) -> Deltas:
         assert a.dtype is b.dtype
         assert a.dtype in (torch.float32, torch.bfloat16)
         assert scale.dtype is torch.float32
         assert a.shape[2] == b.shape[1] == _PAGE_RANK
         assert (a.shape[:2], b.shape[2]) == (scale.shape, sum(widths))
         assert all(tensor.is_contiguous() and not tensor.is_cuda for tensor in (a, b, scale))
-        return cls(library, a, b, scale, np.array(widths, np.int64))
+        each = np.array(widths, np.int64)
+        shape = (int(a.dtype is torch.bfloat16), a.shape[3], b.shape[2], len(widths), each.ctypes.data)
+        return cls(library, (a, b, scale, each), (a.data_ptr(), b.data_ptr(), scale.data_ptr()), shape)
 
     def add(
         self,
@@ -143,24 +151,16 @@ class Deltas:
         x = x.float().contiguous()
         assert y.dtype is torch.float32
         assert y.is_contiguous()
-        assert (len(x), x.shape[1], y.shape[1]) == (len(y), self.a.shape[3], self.b.shape[2])
+        assert x.shape[0] == y.shape[0]
+        assert (x.shape[1], y.shape[1]) == self.shape[1:3]
         run(
             self.library,
             "add_deltas",
             y.data_ptr(),
             x.data_ptr(),
-            self.a.data_ptr(),
-            self.b.data_ptr(),
-            self.scale.data_ptr(),
-            self.a.dtype is torch.bfloat16,
-            x.shape[1],
-            y.shape[1],
-            len(self.widths),
-            self.widths.ctypes.data,
-            segments.table.ctypes.data,
-            len(segments.table),
-            segments.pages.ctypes.data,
-            segments.weights.ctypes.data,
+            *self.addresses,
+            *self.shape,
+            *segments.addresses,
         )
 
 
@@ -214,7 +214,6 @@ def attention(
     out[spans.rows :].zero_()
     if not spans.rows:
         return out
-    table, blocks = spans.flat()
     sinks = None if sinks is None else sinks.float().contiguous()
     run(
         library,
@@ -229,9 +228,7 @@ def attention(
         *k_cache.shape[1:],
         v_cache.shape[2],
         spans.block_size,
-        table.ctypes.data,
-        len(table),
-        blocks.ctypes.data,
+        *spans.flat().addresses,
         scale,
         window or 0,
         softcap or 0.0,
@@ -290,7 +287,7 @@ def gate(
         rows.stride(0),
         0 if others is None else others.data_ptr(),
         0 if others is None else others.stride(0),
-        len(rows),
+        rows.shape[0],
         width,
         _ACTIVATIONS.index(activation),
     )

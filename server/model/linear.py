@@ -192,12 +192,19 @@ class LinearGroup:
     site: Site
     base: BaseLinear
     pages: SitePages | None = None  # set once, when the pool is made
+    deltas: operations.Deltas | None = None  # of those pages, where the compiled kernels run
     _input: Tensor | None = field(default=None, repr=False)
     _outputs: tuple[Tensor, ...] = field(default=(), repr=False)
+    widths: tuple[int, ...] = field(init=False)
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return tuple(member.out_features for member in self.site.members)
+    def __post_init__(self) -> None:
+        self.widths = tuple(member.out_features for member in self.site.members)
+
+    def attach(self, pages: SitePages, library: Library | None) -> None:
+        """Read the deltas from these pages from now on."""
+        self.pages = pages
+        if library is not None:
+            self.deltas = operations.Deltas.of(library, pages.a, pages.b, pages.scale, self.widths)
 
     def output(self, x: Tensor, member: int) -> Tensor:
         """One member's output; all members are computed when `x` is first seen, and let go after the last."""
@@ -205,8 +212,9 @@ class LinearGroup:
             rows = x.reshape(-1, x.shape[-1])
             y = self.base(rows)
             self.add_deltas(y, rows)
+            y = y.view(*x.shape[:-1], y.shape[-1])
             self._input = x
-            self._outputs = torch.split(y.view(*x.shape[:-1], y.shape[-1]), list(self.widths), dim=-1)
+            self._outputs = torch.split_with_sizes(y, self.widths, -1) if len(self.widths) > 1 else (y,)
         result = self._outputs[member]
         if member == len(self._outputs) - 1:
             self._input, self._outputs = None, ()
@@ -221,7 +229,11 @@ class LinearGroup:
         context = current_context()
         if context is None or self.pages is None:
             return
-        for segment in context.segments.get(self.site.group, ()):
+        segments = context.segments.get(self.site.group, ())
+        if segments and self.deltas is not None and y.dtype is torch.float32:
+            self.deltas.add(y, x, context.flat_segments(self.site.group))
+            return
+        for segment in segments:
             v = reference.shrink(x, self.pages.a, self.pages.scale, segment)
             reference.expand(y, v, self.pages.b, self.widths, segment)
 

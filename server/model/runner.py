@@ -39,6 +39,7 @@ class Runner:
         self.model = servable.model
         self.device = servable.device
         self.cache = cache
+        self.library = servable.library
         # plain products sum in another order for one row than for sixteen; the compiled ones have one order
         self.row_tile = 1 if servable.library else ROW_TILE
 
@@ -63,6 +64,7 @@ class Runner:
             spans=Spans(inputs.spans, self.cache.block_size, device),
             segments=inputs.segments,
             kv_caches=self.cache.layers,
+            library=self.library,
         )
         with forward_context(context):
             output = self.model(

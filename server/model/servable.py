@@ -30,7 +30,12 @@ from server.model.linear import (
     PackedLinear,
 )
 from server.model.probe import probe, refuse_unserved_config
-from server.model.steady import install_rotary_tables, install_steady_activations
+from server.model.steady import (
+    install_compiled_rotation,
+    install_compiled_rows,
+    install_rotary_tables,
+    install_steady_activations,
+)
 
 LinearBackend = Literal["exact", "bitsandbytes"]
 
@@ -61,7 +66,7 @@ class ServableModel:
     def attach(self, pages: Sequence[SitePages]) -> None:
         """Give each group the pool's pages of its site."""
         for group, site_pages in zip(self.groups, pages, strict=True):
-            group.pages = site_pages
+            group.attach(site_pages, self.library)
 
 
 def make_servable(
@@ -83,7 +88,10 @@ def make_servable(
     length = min(max_model_len or config.max_position_embeddings, config.max_position_embeddings)
     install_rotary_tables(model, length)
     if model.device.type == "cpu" and model.dtype is torch.float32:
-        install_steady_activations(model)
+        install_steady_activations(model, library)
+        if library is not None:
+            install_compiled_rows(model, library)
+            install_compiled_rotation(model, library)
     findings = probe(model)
     groups = tuple(_install_group(model, site, backend, library) for site in findings.layout.sites)
     if library is not None:
