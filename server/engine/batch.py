@@ -18,27 +18,28 @@ def in_row_order(batch: Iterable[Scheduled]) -> list[Scheduled]:
 
 def build(batch: list[Scheduled], residency: Residency, block_size: int) -> StepInputs:
     """The step's rows, in the order of `batch`. Logits are asked for where a sequence reaches its newest token."""
-    token_ids, positions, kv_index = [], [], []
+    rows = sum(item.count for item in batch)
+    token_ids, positions, kv_index = np.empty((3, rows), dtype=np.int64)
     spans: list[Span] = []
     logits_rows: list[int] = []
     row = 0
     for item in batch:
-        sequence, count = item.sequence, item.count
-        end = sequence.computed + count
-        at = np.arange(sequence.computed, end)
-        blocks = np.asarray(sequence.blocks, dtype=np.int64)
-        token_ids.append(np.asarray(sequence.tokens[sequence.computed : end], dtype=np.int64))
-        positions.append(at)
-        kv_index.append(blocks[at // block_size] * block_size + at % block_size)
-        spans.append(Span(row, row + count, end, tuple(sequence.blocks)))
-        row += count
+        sequence, into = item.sequence, slice(row, row + item.count)
+        first, end = sequence.computed, sequence.computed + item.count
+        blocks = np.array(sequence.blocks, dtype=np.int32)
+        at = np.arange(first, end)
+        token_ids[into] = sequence.tokens[first:end]
+        positions[into] = at
+        kv_index[into] = blocks[at // block_size] * block_size + at % block_size
+        spans.append(Span(row, into.stop, end, blocks))
+        row = into.stop
         if item.samples:
             logits_rows.append(row - 1)
     return StepInputs(
-        token_ids=np.concatenate(token_ids),
-        positions=np.concatenate(positions),
-        kv_index=np.concatenate(kv_index),
-        logits_rows=np.asarray(logits_rows, dtype=np.int64),
+        token_ids=token_ids,
+        positions=positions,
+        kv_index=kv_index,
+        logits_rows=np.array(logits_rows, dtype=np.int64),
         spans=tuple(spans),
         segments=_segments(batch, residency),
     )
@@ -46,13 +47,13 @@ def build(batch: list[Scheduled], residency: Residency, block_size: int) -> Step
 
 def _segments(batch: list[Scheduled], residency: Residency) -> Mapping[str, tuple[Segment, ...]]:
     tables = [residency.pages(item.sequence.generation) for item in batch]
-    groups = {group for table in tables for group in table}
-    return {
-        group: segments_of(
-            [
-                (item.count, table.get(group, ()), (1.0,) * len(table.get(group, ())))
-                for item, table in zip(batch, tables, strict=True)
-            ]
-        )
-        for group in groups
+    if not any(tables):
+        return {}
+    rows: dict[str, list[tuple[int, tuple[int, ...], tuple[float, ...]]]] = {
+        group: [] for table in tables for group in table
     }
+    for item, table in zip(batch, tables, strict=True):
+        for group, found in rows.items():
+            pages = table.get(group, ())
+            found.append((item.count, pages, (1.0,) * len(pages)))
+    return {group: segments_of(found) for group, found in rows.items()}
