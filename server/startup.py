@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 import warnings
+from contextlib import suppress
 
 import torch
 import transformers
@@ -23,7 +24,7 @@ from adapters.registry import Registry
 from adapters.store import Store
 from kernels.cpu.library import Library
 from kernels.cpu.library import load as load_library
-from server.config import Settings
+from server.config import Settings, SettingsError
 from server.engine.blocks import Blocks
 from server.engine.engine import Engine
 from server.engine.scheduler import Limits, Residency, Scheduler
@@ -48,12 +49,14 @@ def load(settings: Settings, serving: Serving) -> None:
     keep_large_blocks()
     serving.detail, serving.progress = "loading weights", 0.1
     source = model_source(settings)
+    library = cpu_kernels(settings, source.device)
     servable = make_servable(
         load_model(source),
         backend=settings.linear_backend,
-        library=cpu_kernels(settings, source.device),
+        library=library,
         max_model_len=settings.max_model_len,
     )
+    return_free_memory()
     serving.detail, serving.progress = "planning memory", 0.7
     plan = plan_memory(settings, servable)
     tokenizer = Tokenizer.load(settings.model, trust_remote_code=settings.trust_remote_code)
@@ -86,11 +89,26 @@ def model_source(settings: Settings) -> ModelSource:
 
 
 def cpu_kernels(settings: Settings, device: torch.device) -> Library | None:
-    """The compiled kernels where they are wanted; their absence is said once."""
-    if device.type != "cpu" or settings.linear_backend != "exact":
-        return None
-    library = load_library()
-    if library is None:
+    """The compiled kernels where they are wanted; their absence is said once.
+
+    Raises `SettingsError` where `--cpu-math int8` cannot be had: it is never exchanged for something else.
+    """
+    wanted = device.type == "cpu" and settings.linear_backend == "exact"
+    reason = (
+        None
+        if wanted and settings.quantization == "nf4"
+        else "it is for NF4 weights on the CPU's own kernels"
+    )
+    library = None
+    try:
+        library = load_library(math=settings.cpu_math) if wanted else None
+    except ValueError as error:
+        reason = str(error)
+    if wanted and library is None and reason is None:
+        reason = "the CPU kernels were not compiled; install with a C compiler to have them"
+    if settings.cpu_math == "int8" and reason:
+        raise SettingsError(f"--cpu-math int8 cannot be served: {reason}")
+    if wanted and library is None:
         logger.warning(
             "no compiled CPU kernels, so plain PyTorch multiplies; install with a C compiler to have them"
         )
@@ -206,6 +224,12 @@ def keep_large_blocks() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     except (OSError, AttributeError):  # another C library; its allocator has habits of its own
         logger.debug("no mallopt here")
+
+
+def return_free_memory() -> None:
+    """Give back what loading needed and serving does not: the limits above keep glibc from doing it by itself."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _model_line(settings: Settings, servable: ServableModel) -> str:

@@ -2,18 +2,18 @@
  *
  * y[r][n] += sum over blocks of w . x[r]. x: [blocks][all_rows][BLOCK], of which `rows` are taken. */
 
-static TARGET void NAME(f32_strip)(const float *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
+static TARGET void NAME(f32_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
                                    float *y) {
     for (int64_t b = 0; b < blocks; b++)
-        NAME(block)(rows, x + b * all_rows * BLOCK, (const float *)(strip + b * F32_BYTES), ONES, y);
+        NAME(block)(rows, (const float *)x + b * all_rows * BLOCK, (const float *)(strip + b * F32_BYTES), ONES, y);
 }
 
-static TARGET void NAME(bf16_strip)(const float *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
+static TARGET void NAME(bf16_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
                                     float *y) {
     _Alignas(64) float w[BLOCK * STRIP];
     for (int64_t b = 0; b < blocks; b++) {
         const uint16_t *halves = (const uint16_t *)(strip + b * BF16_BYTES);
-        const float *values = x + b * all_rows * BLOCK;
+        const float *values = (const float *)x + b * all_rows * BLOCK;
         if (all_rows > 1) {
             for (int i = 0; i < BLOCK * STRIP; i += LANES) vstore(w + i, vload_bf16(halves + i));
             NAME(block)(rows, values, w, ONES, y);

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 InstructionSet = Literal["portable", "avx2", "avx512"]
+Math = Literal["fp32", "int8"]  # of products with 4-bit weights
 INSTRUCTION_SETS: tuple[InstructionSet, ...] = (
     "portable",
     "avx2",
@@ -26,9 +27,12 @@ _ARGUMENTS: dict[str, tuple[type, ...]] = {
     "threads": (),
     "ask_large_pages": (_POINTER, _SIZE),
     "pack_nf4": (_POINTER, _POINTER, _POINTER, _SIZE, _SIZE),
+    "pack_int8": (_POINTER, _POINTER, _POINTER, _SIZE, _SIZE),
     "pack_bf16": (_POINTER, _POINTER, _SIZE, _SIZE),
     "pack_f32": (_POINTER, _POINTER, _SIZE, _SIZE),
     "nf4_linear": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
+    "int8_linear": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
+    "has_int8": (),
     "bf16_linear": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
     "f32_linear": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
     "add_deltas": (*(_POINTER,) * 5, *(_SIZE,) * 4, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER),
@@ -49,10 +53,11 @@ _ARGUMENTS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """Its functions by name (without `loraplex_`), and the instruction set that they are to run."""
+    """Its functions by name (without `loraplex_`), the instruction set and the arithmetic that they are to run."""
 
     functions: dict[str, Callable[..., int]]
     isa: int
+    math: Math = "fp32"
 
     @property
     def instruction_set(self) -> InstructionSet:
@@ -66,10 +71,10 @@ def library_path() -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
-def load(instruction_set: InstructionSet | None = None) -> Library | None:
+def load(instruction_set: InstructionSet | None = None, math: Math = "fp32") -> Library | None:
     """The library for this instruction set, or for the best the processor has; None where it was not built.
 
-    Raises `ValueError` for one that this processor lacks. torch is imported before the library is opened,
+    Raises `ValueError` for what this processor lacks. torch is imported before the library is opened,
     so that both run on torch's OpenMP: two of them in one process fight over the cores.
     """
     import torch  # noqa: F401
@@ -84,7 +89,11 @@ def load(instruction_set: InstructionSet | None = None) -> Library | None:
         raise ValueError(
             f"this processor has no {instruction_set}: the best it has is {INSTRUCTION_SETS[best]}"
         )
-    return Library({name: _declared(opened, name) for name in _ARGUMENTS}, isa)
+    library = Library({name: _declared(opened, name) for name in _ARGUMENTS}, isa, math)
+    slow = library.instruction_set == "portable" and instruction_set is None
+    if math == "int8" and (slow or not library.functions["has_int8"](isa, 1)):
+        raise ValueError("this processor has no dot product of bytes (AVX-512 VNNI or AVX-VNNI)")
+    return library
 
 
 def _declared(opened: ctypes.CDLL, name: str) -> Callable[..., int]:

@@ -123,11 +123,11 @@ static void NAME(unpack)(const uint8_t *codes, float *w) {
 #endif
 
 /* y[r][n] += sum over blocks of scale[n] * (w . x[r]). x: [blocks][all_rows][BLOCK], of which `rows` are taken. */
-static TARGET void NAME(nf4_strip)(const float *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
+static TARGET void NAME(nf4_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
                                    float *y) {
 #if ISA != ISA_PORTABLE
     if (all_rows == 1) {
-        NAME(nf4_row)(x, strip, blocks, y);
+        NAME(nf4_row)((const float *)x, strip, blocks, y);
         return;
     }
 #endif
@@ -135,6 +135,6 @@ static TARGET void NAME(nf4_strip)(const float *x, int64_t all_rows, int64_t row
     for (int64_t b = 0; b < blocks; b++) {
         const uint8_t *block = strip + b * NF4_BYTES;
         NAME(unpack)(block, w);
-        NAME(block)(rows, x + b * all_rows * BLOCK, w, (const float *)(block + NF4_CODES), y);
+        NAME(block)(rows, (const float *)x + b * all_rows * BLOCK, w, (const float *)(block + NF4_CODES), y);
     }
 }

@@ -17,9 +17,10 @@ from kernels.cpu.library import Library
 from kernels.segments import FlatSegments, Spans
 
 STRIP, BLOCK = 32, 64  # rows and columns that packed weights come in: packed.h
-Kind = Literal["nf4", "bf16", "f32"]
+Kind = Literal["nf4", "int8", "bf16", "f32"]  # int8: NF4 codes that are multiplied in 8-bit integers
 _BLOCK_BYTES: dict[Kind, int] = {
     "nf4": STRIP * BLOCK // 2 + STRIP * 4,
+    "int8": STRIP * BLOCK // 2 + STRIP * 4,
     "bf16": STRIP * BLOCK * 2,
     "f32": STRIP * BLOCK * 4,
 }
@@ -64,13 +65,14 @@ def pack_nf4(
     absmax: Tensor,  # [out * in / 64] float32
     shape: tuple[int, int],  # (out, in), in a multiple of 64: a block of codes lies in one row
 ) -> PackedWeight:
-    """bitsandbytes' NF4 codes and scales in the kernels' order; the values stay what they are."""
+    """bitsandbytes' NF4 codes and scales in the order of the kernels of the library's arithmetic."""
     assert shape[1] % BLOCK == 0
     assert codes.numel() * 2 == absmax.numel() * BLOCK == shape[0] * shape[1]
     assert (codes.dtype, absmax.dtype) == (torch.uint8, torch.float32)
-    packed = PackedWeight.empty(library, "nf4", shape)
+    kind: Kind = "int8" if library.math == "int8" else "nf4"
+    packed = PackedWeight.empty(library, kind, shape)
     codes, absmax = codes.contiguous(), absmax.contiguous()
-    run(library, "pack_nf4", codes.data_ptr(), absmax.data_ptr(), packed.data.data_ptr(), *shape)
+    run(library, f"pack_{kind}", codes.data_ptr(), absmax.data_ptr(), packed.data.data_ptr(), *shape)
     return packed
 
 
@@ -93,7 +95,10 @@ def linear(
     weight: PackedWeight,
     bias: Tensor | None,  # [out] float32
 ) -> Tensor:  # [rows, out]
-    """`y = x @ weight.T + bias`, summed in float32; a row's bits do not depend on the rows beside it."""
+    """`y = x @ weight.T + bias`; a row's bits do not depend on the rows beside it.
+
+    Summed in float32; for a weight of kind int8 as `reference.nf4_int8_linear` has it.
+    """
     rows = x.float().contiguous()
     out, inside = weight.shape
     assert rows.shape[1] == inside

@@ -116,12 +116,12 @@ class PackedLinear:
             weights = [FourBitWeight.of(cast(Linear4bit, member)) for member in members]
             packed = operations.pack_nf4(
                 library,
-                torch.cat([weight.packed.flatten() for weight in weights]),
-                torch.cat([weight.absmax for weight in weights]),
+                _joined([weight.packed.flatten() for weight in weights]),
+                _joined([weight.absmax for weight in weights]),
                 (sum(weight.shape[0] for weight in weights), weights[0].shape[1]),
             )
         else:
-            packed = operations.pack_plain(library, torch.cat([member.weight.detach() for member in members]))
+            packed = operations.pack_plain(library, _joined([member.weight.detach() for member in members]))
         return cls(library, packed, _joined_bias(members, torch.float32))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -171,6 +171,11 @@ class ModuleLinear:
     def __call__(self, x: Tensor) -> Tensor:
         parts = [member(x) for member in self.members]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts one after the other; a single one without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _joined_bias(members: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | None:

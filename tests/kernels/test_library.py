@@ -58,3 +58,12 @@ def test_each_instruction_set_is_taken_by_name_or_refused(library, name):
 def test_no_library_is_said_by_none(monkeypatch):
     monkeypatch.setattr("kernels.cpu.library.EXTENSION_SUFFIXES", [".not-built"])
     assert load() is None
+
+
+def test_byte_arithmetic_is_refused_without_its_instructions(library):
+    flags = Path("/proc/cpuinfo").read_text()
+    if "avx512_vnni" in flags or "avx_vnni" in flags:
+        assert load(math="int8").math == "int8"
+    else:
+        with pytest.raises(ValueError, match="no dot product of bytes"):
+            load(math="int8")

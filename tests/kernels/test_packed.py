@@ -106,6 +106,47 @@ def test_a_rows_bits_are_its_own(library, pack, shape):
     assert torch.equal(operations.linear(library, x[8:], packed, bias), together[8:])
 
 
+@pytest.fixture(params=INSTRUCTION_SETS)
+def bytes_library(request):
+    try:
+        library = load(request.param, "int8")
+    except ValueError as error:
+        pytest.skip(str(error))
+    return library or pytest.skip("the kernels are not built here")
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (33, 128), (160, 512)])
+def test_the_product_in_8_bit_integers(bytes_library, shape):
+    codes, absmax, weight = quantized(shape)
+    packed = operations.pack_nf4(bytes_library, codes, absmax, shape)
+    assert packed.kind == "int8"
+    values, bias = bnb.get_4bit_type("nf4", device="cpu"), torch.randn(shape[0])
+    for rows in (1, 2, 5, 13, 31):
+        x = torch.randn(rows, shape[1])
+        x[0, :64] = 0
+        got = operations.linear(bytes_library, x, packed, bias)
+        want = reference.nf4_int8_linear(x, codes, absmax, values, shape) + bias
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+        exact = x @ weight.T + bias
+        assert (got - exact).norm() <= 2e-2 * exact.norm()
+        assert rows == 1 or not torch.allclose(got, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_bytes_keep_rows_apart_and_hide_nothing(bytes_library):
+    """A row's bits are its own, and what is not finite stays visible in its own row alone."""
+    packed = operations.pack_nf4(bytes_library, *quantized((96, 256))[:2], (96, 256))
+    x = torch.randn(40, 256)
+    x[3, 70], x[4, 130] = float("nan"), float("inf")
+    together = operations.linear(bytes_library, x, packed, None)
+    assert together[3:5].isnan().all()
+    for row in (0, 2, 5, 39):
+        assert together[row].isfinite().all()
+        assert torch.equal(
+            operations.linear(bytes_library, x[row : row + 1], packed, None), together[row : row + 1]
+        )
+    assert torch.equal(operations.linear(bytes_library, x[5:12], packed, None), together[5:12])
+
+
 def test_every_wide_path_sums_alike():
     """AVX2 and AVX-512 round alike and sum in one order: equal bits wherever both can run."""
     best = load()
