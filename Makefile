@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 CPU_TORCH = torch==2.13.0+cpu
+SANITIZE = -std=gnu11 -Wno-psabi -O1 -g -fopenmp -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: help install native demo test check smoke load gpu-check clean
+.PHONY: help install native sanitize demo test check smoke load gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +29,11 @@ demo: install  ## start the server on the bundled demo and drive it through the 
 
 test: install  ## all tests that need no GPU
 	$(BIN)/python -m pytest
+
+sanitize:  ## the C kernels under the address and undefined-behaviour sanitizers
+	@mkdir -p build
+	$(CC) $(SANITIZE) -Ikernels/cpu tests/kernels/sanitize.c kernels/cpu/cpu.c -lm -o build/sanitize
+	build/sanitize
 
 check: install  ## format, lint, types, layout
 	$(BIN)/ruff format --check .
