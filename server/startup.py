@@ -94,23 +94,23 @@ def cpu_kernels(settings: Settings, device: torch.device) -> Library | None:
     Raises `SettingsError` where `--cpu-math int8` cannot be had: it is never exchanged for something else.
     """
     wanted = device.type == "cpu" and settings.linear_backend == "exact"
-    reason = (
-        None
-        if wanted and settings.quantization == "nf4"
-        else "it is for NF4 weights on the CPU's own kernels"
-    )
-    library = None
+    if settings.cpu_math == "int8" and not (wanted and settings.quantization == "nf4"):
+        raise SettingsError(
+            "--cpu-math int8 cannot be served: it is for NF4 weights on the CPU's own kernels"
+        )
+    if not wanted:
+        return None
     try:
-        library = load_library(math=settings.cpu_math) if wanted else None
+        library = load_library(math=settings.cpu_math)
     except ValueError as error:
-        reason = str(error)
-    if wanted and library is None and reason is None:
-        reason = "the CPU kernels were not compiled; install with a C compiler to have them"
-    if settings.cpu_math == "int8" and reason:
-        raise SettingsError(f"--cpu-math int8 cannot be served: {reason}")
-    if wanted and library is None:
+        raise SettingsError(f"--cpu-math int8 cannot be served: {error}; leave it at fp32") from error
+    if library is None and settings.cpu_math == "int8":
+        raise SettingsError(
+            "--cpu-math int8 cannot be served: the kernels were not compiled; install with a C compiler to have them"
+        )
+    if library is None:
         logger.warning(
-            "no compiled CPU kernels, so plain PyTorch multiplies; install with a C compiler to have them"
+            "no compiled CPU kernels, so plain PyTorch serves; install with a C compiler to have them"
         )
     return library
 
