@@ -9,6 +9,9 @@ ARG TORCH=torch==2.13.0+cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN if ! command -v python3 >/dev/null || ! python3 -m venv --help >/dev/null 2>&1; then \
       apt-get update && apt-get install -y --no-install-recommends python3 python3-venv && rm -rf /var/lib/apt/lists/*; fi
+# the CPU kernels are compiled here
+RUN if ! command -v gcc >/dev/null; then \
+      apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; fi
 RUN python3 -m venv /opt/loraplex
 WORKDIR /src
 COPY constraints.txt pyproject.toml README.md ./

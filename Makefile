@@ -3,15 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 CPU_TORCH = torch==2.13.0+cpu
+SANITIZE = -std=gnu11 -Wno-psabi -O1 -g -fopenmp -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: help install demo test check smoke load bench-cpu gpu-check clean
+.PHONY: help install native sanitize demo test check smoke load bench-cpu gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/.installed  ## a virtual environment with everything (CPU torch unless nvidia-smi answers)
 
-$(VENV)/.installed: pyproject.toml constraints.txt tests/clients/openai-2.txt
+$(VENV)/.installed: pyproject.toml constraints.txt tests/clients/openai-2.txt $(wildcard kernels/cpu/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	@if nvidia-smi >/dev/null 2>&1; then echo "nvidia-smi answers: taking torch with CUDA"; \
 	else echo "no NVIDIA GPU here: taking torch for the CPU"; \
@@ -21,11 +22,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt tests/clients/openai-2.txt
 	$(BIN)/pip install --quiet --upgrade --no-deps --target $(VENV)/openai-2 --requirement tests/clients/openai-2.txt
 	@touch $@
 
+native:  ## rebuild the CPU kernels in place (install does it too, whenever their sources change)
+	$(BIN)/python -c "import setuptools; setuptools.setup()" --quiet build_ext --inplace
+
 demo: install  ## start the server on the bundled demo and drive it through the story (KEEP=0 ends after it)
 	@$(BIN)/python -m demo.show
 
 test: install  ## all tests that need no GPU
 	$(BIN)/python -m pytest
+
+sanitize:  ## the C kernels under the address and undefined-behaviour sanitizers
+	@mkdir -p build
+	$(CC) $(SANITIZE) -Ikernels/cpu tests/kernels/sanitize.c kernels/cpu/cpu.c -lm -o build/sanitize
+	build/sanitize
 
 check: install  ## format, lint, types, layout
 	$(BIN)/ruff format --check .

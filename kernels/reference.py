@@ -49,6 +49,29 @@ def dequantize_nf4(
     return (values * absmax.repeat_interleave(block)[: values.numel()]).view(shape)
 
 
+def nf4_int8_linear(
+    x: Tensor,  # [rows, in]
+    packed: Tensor,  # [out * in / 2] uint8, high nibble first
+    absmax: Tensor,  # [out * in / 64] float32
+    code: Tensor,  # [16] float32
+    shape: tuple[int, int],  # (out, in)
+) -> Tensor:  # [rows, out] float32
+    """`y = x @ w.T` with the values of x, by row and block of 64, and the sixteen of NF4 rounded to 8 bits.
+
+    Sums within a block are exact integers; across blocks they are floats.
+    """
+    blocks = x.float().view(len(x), -1, 64)
+    largest = blocks.abs().amax(dim=2, keepdim=True)
+    values = (blocks * (127 / largest.clamp_min(_LEAST_SCALE))).round()
+    flat = packed.flatten().int()
+    rounded = (code * 127).round()
+    weight = torch.stack((rounded[flat >> 4], rounded[flat & 15]), dim=1).view(shape[0], -1, 64)
+    sums = torch.einsum("rbk,nbk->rnb", values.double(), weight.double()).float()
+    scaled = sums * (largest.squeeze(2) / 127**2)[:, None] * absmax.view(1, shape[0], -1)
+    result: Tensor = scaled.sum(dim=2)
+    return result
+
+
 def int8_linear(
     x: Tensor,  # [rows, in]
     weight: Tensor,  # [out, in] int8

@@ -8,9 +8,12 @@ token of the sequence wrote. Knows nothing of adapters' names or of sequences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -43,6 +46,33 @@ def segments_of(rows: list[tuple[int, tuple[int, ...], tuple[float, ...]]]) -> t
     return tuple(found)
 
 
+@dataclass(frozen=True, slots=True)
+class FlatSegments:
+    """Segments as arrays: all pages one after the other, and where each segment's begin; read by every layer."""
+
+    table: NDArray[np.int32]  # [segments, 4]: start, end, first page, pages
+    pages: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    addresses: tuple[int, int, int, int]  # of the table, how many segments, of the pages, of the weights
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> FlatSegments:
+        places: list[tuple[int, int, int, int]] = []
+        pages: list[int] = []
+        weights: list[float] = []
+        for segment in segments:
+            places.append((segment.start, segment.end, len(pages), len(segment.pages)))
+            pages.extend(segment.pages)
+            weights.extend(segment.weights)
+        table, ids, shares = (
+            np.array(places, np.int32),
+            np.array(pages, np.int32),
+            np.array(weights, np.float32),
+        )
+        addresses = (table.ctypes.data, len(places), ids.ctypes.data, shares.ctypes.data)
+        return cls(table, ids, shares, addresses)
+
+
 KV_TILE = (
     256  # keys are summed in tiles at fixed multiples of this, whatever the chunk: a row's bits depend on it
 )
@@ -55,7 +85,26 @@ class Span:
     start: int
     end: int
     kv_length: int
-    blocks: tuple[int, ...]
+    blocks: Sequence[int] | NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class FlatSpans:
+    """Spans as arrays: all blocks one after the other, and where each span's begin; read by every layer."""
+
+    table: NDArray[np.int64]  # [spans, 4]: start, end, kv_length, first block
+    blocks: NDArray[np.int32]
+    addresses: tuple[int, int, int]  # of the table, how many spans, of the blocks
+
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> FlatSpans:
+        tables = [np.asarray(span.blocks, np.int32) for span in spans]
+        blocks, first, places = np.concatenate(tables), 0, []
+        for span, held in zip(spans, tables, strict=True):
+            places.append((span.start, span.end, span.kv_length, first))
+            first += len(held)
+        table = np.array(places, np.int64)
+        return cls(table, blocks, (table.ctypes.data, len(places), blocks.ctypes.data))
 
 
 @dataclass(slots=True)
@@ -69,6 +118,18 @@ class Spans:
     block_size: int
     device: torch.device
     _tiles: dict[tuple[int, int], slice | Tensor] = field(default_factory=dict)
+    _flat: FlatSpans | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows up to the last of a span; what comes after them only pads the step."""
+        return self.spans[-1].end if self.spans else 0
+
+    def flat(self) -> FlatSpans:
+        """The spans as arrays, made when first asked for."""
+        if self._flat is None:
+            self._flat = FlatSpans.of(self.spans)
+        return self._flat
 
     def tile(self, span: int, tile: int) -> slice | Tensor:
         """The `KV_TILE` cache positions of a span's tile: a slice where they lie side by side, else their indices.
@@ -82,7 +143,7 @@ class Spans:
 
     def _find(self, span: Span, tile: int) -> slice | Tensor:
         per_tile = KV_TILE // self.block_size
-        blocks = span.blocks[tile * per_tile : (tile + 1) * per_tile]
+        blocks = tuple(map(int, span.blocks[tile * per_tile : (tile + 1) * per_tile]))
         first = blocks[0]
         if all(block == first + i for i, block in enumerate(blocks)):
             return slice(first * self.block_size, first * self.block_size + KV_TILE)

@@ -181,6 +181,9 @@ class Settings(BaseModel):
     linear_backend: Literal["exact", "bitsandbytes"] = Field(
         "exact", description="who multiplies by the base"
     )
+    cpu_math: Literal["fp32", "int8"] = Field(
+        "fp32", description="arithmetic of products with NF4 weights on the CPU; int8 is faster and not exact"
+    )
     max_model_len: Positive | None = Field(None, description="most tokens of prompt and completion together")
     block_size: Positive = Field(16, description="KV positions per block")
     max_num_seqs: Positive = Field(64, description="most sequences in one step")

@@ -11,6 +11,7 @@ import random
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ from adapters.peft_format import copied, mapped
 from adapters.pool import Pool
 from adapters.registry import Registry
 from adapters.store import Store
+from kernels.cpu.library import Library
+from kernels.cpu.library import load as load_library
 from server.config import Settings, SettingsError, size_text
 from server.engine.blocks import Blocks
 from server.engine.engine import Engine
@@ -37,6 +40,8 @@ from server.model.servable import ServableModel, make_servable
 from server.serving import GenerationDefaults, Served, Serving
 from server.text.tokenizer import ChatTemplateError, Tokenizer
 
+logger = logging.getLogger(__name__)
+
 _NOISY = ("transformers", "bitsandbytes", "accelerate", "huggingface_hub", "torch")
 _SMALL = 50_000_000  # weights in the linears
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
@@ -48,13 +53,17 @@ def load(settings: Settings, serving: Serving) -> None:
     keep_large_blocks()
     chat_template = read_chat_template(settings.chat_template)
     serving.detail, serving.progress = "loading weights", 0.1
-    model = load_model(model_source(settings))
+    source = model_source(settings)
+    library = cpu_kernels(settings, source.device)
+    model = load_model(source)
     weights = model.get_memory_footprint()
     servable = make_servable(
         model,
         backend=settings.linear_backend,
+        library=library,
         max_model_len=settings.max_model_len,
     )
+    return_free_memory()
     serving.detail, serving.progress = "planning memory", 0.7
     plan = plan_memory(settings, servable)
     tokenizer = load_tokenizer(settings, chat_template)
@@ -84,6 +93,33 @@ def model_source(settings: Settings) -> ModelSource:
         settings.quantized_folder,
         settings.trust_remote_code,
     )
+
+
+def cpu_kernels(settings: Settings, device: torch.device) -> Library | None:
+    """The compiled kernels where they are wanted; their absence is said once.
+
+    Raises `SettingsError` where `--cpu-math int8` cannot be had: it is never exchanged for something else.
+    """
+    wanted = device.type == "cpu" and settings.linear_backend == "exact"
+    if settings.cpu_math == "int8" and not (wanted and settings.quantization == "nf4"):
+        raise SettingsError(
+            "--cpu-math int8 cannot be served: it is for NF4 weights on the CPU's own kernels"
+        )
+    if not wanted:
+        return None
+    try:
+        library = load_library(math=settings.cpu_math)
+    except ValueError as error:
+        raise SettingsError(f"--cpu-math int8 cannot be served: {error}; leave it at fp32") from error
+    if library is None and settings.cpu_math == "int8":
+        raise SettingsError(
+            "--cpu-math int8 cannot be served: the kernels were not compiled; install with a C compiler to have them"
+        )
+    if library is None:
+        logger.warning(
+            "no compiled CPU kernels, so plain PyTorch serves; install with a C compiler to have them"
+        )
+    return library
 
 
 def assemble(settings: Settings, servable: ServableModel, plan: MemoryPlan, tokenizer: Tokenizer) -> Served:
@@ -214,14 +250,21 @@ def keep_large_blocks() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     except (OSError, AttributeError):  # another C library; its allocator has habits of its own
-        logging.getLogger(__name__).debug("no mallopt here")
+        logger.debug("no mallopt here")
+
+
+def return_free_memory() -> None:
+    """Give back what loading needed and serving does not: the limits above keep glibc from doing it by itself."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _model_line(settings: Settings, servable: ServableModel, weights: int) -> str:
     dtype = str(servable.dtype).removeprefix("torch.")
+    kernels = f" with {servable.library.instruction_set} kernels" if servable.library else ""
     return (
         f"model       {type(servable.model).__name__}, {size_text(weights)} of {settings.quantization} weights, "
-        f"{dtype} on {servable.device.type}, {len(servable.layout.modules)} adaptable linears"
+        f"{dtype} on {servable.device.type}{kernels}, {len(servable.layout.modules)} adaptable linears"
     )
 
 

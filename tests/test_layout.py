@@ -16,7 +16,7 @@ ALLOWED = {
     "kernels": set(),
     "server": {"adapters", "kernels"},
 }
-OUTSIDE = {"adapters": {"torch", "safetensors"}, "kernels": {"torch", "triton"}}
+OUTSIDE = {"adapters": {"torch", "safetensors"}, "kernels": {"numpy", "torch", "triton"}}
 
 # Inside server, a part may import the parts listed for it; the loose modules are parts of their own.
 INSIDE = {

@@ -375,3 +375,43 @@ def test_a_model_that_is_not_there_ends_the_load(tmp_path):
     with pytest.raises(UnsupportedModelError):
         startup.load(Settings(model=str(tmp_path / "nothing"), adapter_store=tmp_path), serving)
     assert (serving.phase, serving.served) == ("loading", None)
+
+
+def asked(**given):
+    return Settings(model="base", device="cpu", **given)
+
+
+def test_the_absence_of_compiled_kernels_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr("kernels.cpu.library.library_path", lambda: None)
+    assert startup.cpu_kernels(asked(), torch.device("cpu")) is None
+    (record,) = caplog.records
+    assert "install with a C compiler" in record.message
+
+
+def test_kernels_are_for_the_cpus_own_products(caplog):
+    assert startup.cpu_kernels(asked(linear_backend="bitsandbytes"), torch.device("cpu")) is None
+    assert startup.cpu_kernels(asked(), torch.device("cuda")) is None
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"linear_backend": "bitsandbytes"}, "NF4 weights"),
+        ({"quantization": "int8"}, "NF4 weights"),
+        ({}, "not compiled"),
+    ],
+)
+def test_byte_arithmetic_is_served_or_refused(given, reason, monkeypatch):
+    monkeypatch.setattr("kernels.cpu.library.library_path", lambda: None)
+    with pytest.raises(SettingsError, match=f"--cpu-math int8 cannot be served: .*{reason}"):
+        startup.cpu_kernels(asked(cpu_math="int8", **given), torch.device("cpu"))
+
+
+def test_byte_arithmetic_is_refused_where_the_processor_lacks_it(monkeypatch):
+    def lacking(math):
+        raise ValueError("this processor has no dot product of bytes")
+
+    monkeypatch.setattr(startup, "load_library", lacking)
+    with pytest.raises(SettingsError, match="no dot product of bytes"):
+        startup.cpu_kernels(asked(cpu_math="int8"), torch.device("cpu"))

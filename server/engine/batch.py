@@ -21,29 +21,30 @@ def build(batch: list[Scheduled], residency: Residency, block_size: int) -> Step
 
     Logits are asked for where a sequence reaches its newest token, and after all those for rows of prompts.
     """
-    token_ids, positions, kv_index = [], [], []
+    rows = sum(item.count for item in batch)
+    token_ids, positions, kv_index = np.empty((3, rows), dtype=np.int64)
     spans: list[Span] = []
     logits_rows: list[int] = []
     prompt_rows: list[int] = []
     row = 0
     for item in batch:
-        sequence, count = item.sequence, item.count
-        end = sequence.computed + count
-        at = np.arange(sequence.computed, end)
-        blocks = np.asarray(sequence.blocks, dtype=np.int64)
-        token_ids.append(np.asarray(sequence.tokens[sequence.computed : end], dtype=np.int64))
-        positions.append(at)
-        kv_index.append(blocks[at // block_size] * block_size + at % block_size)
-        spans.append(Span(row, row + count, end, tuple(sequence.blocks)))
-        prompt_rows += (row + position - sequence.computed for position in item.scores)
-        row += count
+        sequence, into = item.sequence, slice(row, row + item.count)
+        first, end = sequence.computed, sequence.computed + item.count
+        blocks = np.array(sequence.blocks, dtype=np.int32)
+        at = np.arange(first, end)
+        token_ids[into] = sequence.tokens[first:end]
+        positions[into] = at
+        kv_index[into] = blocks[at // block_size] * block_size + at % block_size
+        spans.append(Span(row, into.stop, end, blocks))
+        prompt_rows += (row + position - first for position in item.scores)
+        row = into.stop
         if item.samples:
             logits_rows.append(row - 1)
     return StepInputs(
-        token_ids=np.concatenate(token_ids),
-        positions=np.concatenate(positions),
-        kv_index=np.concatenate(kv_index),
-        logits_rows=np.asarray(logits_rows + prompt_rows, dtype=np.int64),
+        token_ids=token_ids,
+        positions=positions,
+        kv_index=kv_index,
+        logits_rows=np.array(logits_rows + prompt_rows, dtype=np.int64),
         spans=tuple(spans),
         segments=_segments(batch, residency),
     )
@@ -51,13 +52,13 @@ def build(batch: list[Scheduled], residency: Residency, block_size: int) -> Step
 
 def _segments(batch: list[Scheduled], residency: Residency) -> Mapping[str, tuple[Segment, ...]]:
     tables = [residency.pages(item.sequence.generation) for item in batch]
-    groups = {group for table in tables for group in table}
-    return {
-        group: segments_of(
-            [
-                (item.count, table.get(group, ()), (1.0,) * len(table.get(group, ())))
-                for item, table in zip(batch, tables, strict=True)
-            ]
-        )
-        for group in groups
+    if not any(tables):
+        return {}
+    rows: dict[str, list[tuple[int, tuple[int, ...], tuple[float, ...]]]] = {
+        group: [] for table in tables for group in table
     }
+    for item, table in zip(batch, tables, strict=True):
+        for group, found in rows.items():
+            pages = table.get(group, ())
+            found.append((item.count, pages, (1.0,) * len(pages)))
+    return {group: segments_of(found) for group, found in rows.items()}

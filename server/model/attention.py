@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from kernels import reference
+from kernels.cpu import operations
 from server.model.context import current_context
 
 IMPLEMENTATION = "loraplex_paged"
@@ -90,19 +91,21 @@ def paged_attention(
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     context = current_context()
     assert context is not None, "paged attention ran outside a forward context"
+    q, k, v = (rows[0].transpose(0, 1) for rows in (query, key, value))  # [rows, heads, width]
     k_cache, v_cache = context.kv_caches[layer]
-    reference.write_kv(k_cache, key[0].transpose(0, 1), context.kv_index)
-    reference.write_kv(v_cache, value[0].transpose(0, 1), context.kv_index)
-    out = reference.attention(
-        query[0].transpose(0, 1),
-        k_cache,
-        v_cache,
-        context.spans,
-        scale=scaling if scaling is not None else query.shape[3] ** -0.5,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-    )
+    asked: dict[str, Any] = {
+        "scale": scaling if scaling is not None else query.shape[3] ** -0.5,
+        "window": sliding_window,
+        "softcap": softcap,
+        "sinks": s_aux,
+    }
+    if context.library is not None and q.dtype is torch.float32:
+        operations.write_kv(context.library, k_cache, v_cache, k, v, context.kv_index, context.spans.rows)
+        out = operations.attention(context.library, q, k_cache, v_cache, context.spans, **asked)
+    else:
+        reference.write_kv(k_cache, k, context.kv_index)
+        reference.write_kv(v_cache, v, context.kv_index)
+        out = reference.attention(q, k_cache, v_cache, context.spans, **asked)
     return out[None], None
 
 

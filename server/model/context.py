@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from kernels.segments import Segment, Spans
+from kernels.cpu.library import Library
+from kernels.segments import FlatSegments, Segment, Spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,14 @@ class ForwardContext:
     spans: Spans  # which rows attend to which blocks
     segments: Mapping[str, tuple[Segment, ...]]  # group -> which rows read which adapter pages
     kv_caches: tuple[tuple[Tensor, Tensor], ...]  # per layer: keys and values [positions, heads, width]
+    library: Library | None = None  # of compiled kernels, where they run
+    _flat: dict[str, FlatSegments] = field(default_factory=dict)
+
+    def flat_segments(self, group: str) -> FlatSegments:
+        """The group's segments as arrays, made once for all layers."""
+        if group not in self._flat:
+            self._flat[group] = FlatSegments.of(self.segments[group])
+        return self._flat[group]
 
 
 _current: ContextVar[ForwardContext | None] = ContextVar("loraplex_forward_context", default=None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import bitsandbytes.functional as bnb
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from adapters.adapter import Site
 from adapters.pool import SitePages
 from kernels import reference
+from kernels.cpu import operations
+from kernels.cpu.library import Library
 from server.model.context import current_context
 
 
@@ -84,8 +86,51 @@ class FourBitWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """The exact product by the compiled kernels, which read the members' weights as one matrix in their own order.
+
+    The members' weights are let go with the members, so that they exist once.
+    """
+
+    library: Library
+    weight: operations.PackedWeight
+    bias: Tensor | None
+
+    @staticmethod
+    def serves(members: Sequence[nn.Linear]) -> bool:
+        """Whether there is a kernel for these: plain weights, and NF4 in blocks of 64 that do not straddle rows."""
+        return all(
+            type(member) is nn.Linear
+            or (
+                isinstance(member, Linear4bit)
+                and member.weight.quant_state.quant_type == "nf4"
+                and member.weight.quant_state.blocksize == operations.BLOCK
+                and member.in_features % operations.BLOCK == 0
+            )
+            for member in members
+        )
+
+    @classmethod
+    def of(cls, members: Sequence[nn.Linear], library: Library) -> PackedLinear:
+        if isinstance(members[0], Linear4bit):
+            weights = [FourBitWeight.of(cast(Linear4bit, member)) for member in members]
+            packed = operations.pack_nf4(
+                library,
+                _joined([weight.packed.flatten() for weight in weights]),
+                _joined([weight.absmax for weight in weights]),
+                (sum(weight.shape[0] for weight in weights), weights[0].shape[1]),
+            )
+        else:
+            packed = operations.pack_plain(library, _joined([member.weight.detach() for member in members]))
+        return cls(library, packed, _joined_bias(members, torch.float32))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return operations.linear(self.library, x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
 class FourBitLinear:
-    """The exact product: dequantize, then one product for all members."""
+    """The exact product in plain PyTorch: dequantize, then one product for all members."""
 
     weights: tuple[FourBitWeight, ...]
     bias: Tensor | None
@@ -128,6 +173,11 @@ class ModuleLinear:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts one after the other; a single one without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 def _joined_bias(members: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | None:
     """The members' biases side by side, zeros where one has none; None when none has."""
     if all(member.bias is None for member in members):
@@ -147,12 +197,19 @@ class LinearGroup:
     site: Site
     base: BaseLinear
     pages: SitePages | None = None  # set once, when the pool is made
+    deltas: operations.Deltas | None = None  # of those pages, where the compiled kernels run
     _input: Tensor | None = field(default=None, repr=False)
     _outputs: tuple[Tensor, ...] = field(default=(), repr=False)
+    widths: tuple[int, ...] = field(init=False)
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return tuple(member.out_features for member in self.site.members)
+    def __post_init__(self) -> None:
+        self.widths = tuple(member.out_features for member in self.site.members)
+
+    def attach(self, pages: SitePages, library: Library | None) -> None:
+        """Read the deltas from these pages from now on."""
+        self.pages = pages
+        if library is not None:
+            self.deltas = operations.Deltas.of(library, pages.a, pages.b, pages.scale, self.widths)
 
     def output(self, x: Tensor, member: int) -> Tensor:
         """One member's output; all members are computed when `x` is first seen, and let go after the last."""
@@ -160,8 +217,9 @@ class LinearGroup:
             rows = x.reshape(-1, x.shape[-1])
             y = self.base(rows)
             self.add_deltas(y, rows)
+            y = y.view(*x.shape[:-1], y.shape[-1])
             self._input = x
-            self._outputs = torch.split(y.view(*x.shape[:-1], y.shape[-1]), list(self.widths), dim=-1)
+            self._outputs = torch.split_with_sizes(y, self.widths, -1) if len(self.widths) > 1 else (y,)
         result = self._outputs[member]
         if member == len(self._outputs) - 1:
             self._input, self._outputs = None, ()
@@ -176,9 +234,25 @@ class LinearGroup:
         context = current_context()
         if context is None or self.pages is None:
             return
-        for segment in context.segments.get(self.site.group, ()):
+        segments = context.segments.get(self.site.group, ())
+        if segments and self.deltas is not None and y.dtype is torch.float32:
+            self.deltas.add(y, x, context.flat_segments(self.site.group))
+            return
+        for segment in segments:
             v = reference.shrink(x, self.pages.a, self.pages.scale, segment)
             reference.expand(y, v, self.pages.b, self.widths, segment)
+
+
+class Head(nn.Module):
+    """Stands for the output embedding, which no adapter changes."""
+
+    def __init__(self, base: BaseLinear) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.base(x.reshape(-1, x.shape[-1]))
+        return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
 class LoRALinear(nn.Module):

@@ -16,18 +16,26 @@ from transformers import PreTrainedModel
 
 from adapters.adapter import Layout, Site
 from adapters.pool import SitePages
+from kernels.cpu.library import Library
 from server.model.attention import IMPLEMENTATION, AttentionLayer, register
 from server.model.linear import (
     BaseLinear,
     DenseLinear,
     FourBitLinear,
+    Head,
     Int8Linear,
     LinearGroup,
     LoRALinear,
     ModuleLinear,
+    PackedLinear,
 )
 from server.model.probe import probe, refuse_unserved_config
-from server.model.steady import install_rotary_tables, install_steady_activations
+from server.model.steady import (
+    install_compiled_rotation,
+    install_compiled_rows,
+    install_rotary_tables,
+    install_steady_activations,
+)
 
 LinearBackend = Literal["exact", "bitsandbytes"]
 
@@ -41,6 +49,7 @@ class ServableModel:
     groups: tuple[LinearGroup, ...]  # index as in layout.sites
     attention: tuple[AttentionLayer, ...]
     max_model_len: int
+    library: Library | None  # of compiled kernels, where they run
 
     @property
     def device(self) -> torch.device:
@@ -57,13 +66,17 @@ class ServableModel:
     def attach(self, pages: Sequence[SitePages]) -> None:
         """Give each group the pool's pages of its site."""
         for group, site_pages in zip(self.groups, pages, strict=True):
-            group.pages = site_pages
+            group.attach(site_pages, self.library)
 
 
 def make_servable(
-    model: PreTrainedModel, *, backend: LinearBackend = "exact", max_model_len: int | None = None
+    model: PreTrainedModel,
+    *,
+    backend: LinearBackend = "exact",
+    library: Library | None = None,
+    max_model_len: int | None = None,
 ) -> ServableModel:
-    """Probe the model and replace what has state per request, in place.
+    """Probe the model and replace what has state per request, in place; `library` multiplies by the base if given.
 
     Raises `UnsupportedModelError` for an architecture that cannot be served, naming it and the reason.
     """
@@ -75,26 +88,45 @@ def make_servable(
     length = min(max_model_len or config.max_position_embeddings, config.max_position_embeddings)
     install_rotary_tables(model, length)
     if model.device.type == "cpu" and model.dtype is torch.float32:
-        install_steady_activations(model)
+        install_steady_activations(model, library)
+        if library is not None:
+            install_compiled_rows(model, library)
+            install_compiled_rotation(model, library)
     findings = probe(model)
-    groups = tuple(_install_group(model, site, backend) for site in findings.layout.sites)
-    return ServableModel(model, findings.layout, groups, findings.attention, length)
+    groups = tuple(_install_group(model, site, backend, library) for site in findings.layout.sites)
+    if library is not None:
+        _install_head(model, library)
+    return ServableModel(model, findings.layout, groups, findings.attention, length, library)
 
 
-def _install_group(model: PreTrainedModel, site: Site, backend: LinearBackend) -> LinearGroup:
+def _install_group(
+    model: PreTrainedModel, site: Site, backend: LinearBackend, library: Library | None
+) -> LinearGroup:
     members = [cast(nn.Linear, model.get_submodule(member.module)) for member in site.members]
-    group = LinearGroup(site, _base(members, model.dtype, backend))
+    group = LinearGroup(site, _base(members, model.dtype, backend, library))
     for position, member in enumerate(site.members):
         model.set_submodule(member.module, LoRALinear(group, position))
     return group
 
 
-def _base(members: Sequence[nn.Linear], dtype: torch.dtype, backend: LinearBackend) -> BaseLinear:
+def _install_head(model: PreTrainedModel, library: Library) -> None:
+    """The output embedding by the same kernels. One that shares its weights with the input embedding is packed beside
+    them: the one is read whole, the other by rows."""
+    head = model.get_output_embeddings()
+    (path,) = (path for path, module in model.named_modules() if module is head)
+    model.set_submodule(path, Head(PackedLinear.of([head], library)))
+
+
+def _base(
+    members: Sequence[nn.Linear], dtype: torch.dtype, backend: LinearBackend, library: Library | None
+) -> BaseLinear:
     quantized = isinstance(members[0], Linear4bit | Linear8bitLt)
     if any(type(member) is not type(members[0]) for member in members) or (
         quantized and backend == "bitsandbytes"
     ):
         return ModuleLinear(tuple(members))
+    if library is not None and PackedLinear.serves(members):
+        return PackedLinear.of(members, library)
     if isinstance(members[0], Linear4bit):
         return FourBitLinear.of(cast(Sequence[Linear4bit], members), dtype)
     if isinstance(members[0], Linear8bitLt):

@@ -5,6 +5,7 @@ import copy
 import torch
 from bitsandbytes.nn import Linear4bit
 
+from kernels.cpu.library import load
 from server.model.servable import make_servable
 from tests.equivalence.harness import Harness, Row, read_peft
 from tests.equivalence.models import VOCAB, exact_twin, held_model, plain_model, with_adapters
@@ -34,7 +35,9 @@ def mixed_rows() -> dict[str, Row]:
 class Case:
     """One architecture held in one way: our logits, peft's on the same path, and the float64 oracle's."""
 
-    def __init__(self, architecture, how, folder, *, backend="exact", avx512_bf16=None, device="cpu"):
+    def __init__(
+        self, architecture, how, folder, *, backend="exact", compiled=True, avx512_bf16=None, device="cpu"
+    ):
         plain = plain_model(architecture)
         plain.save_pretrained(folder / "base")
         held = held_model(folder / "base", how, device)
@@ -42,7 +45,8 @@ class Case:
         self.peft = with_adapters(
             self._forced(held_model(folder / "base", how, device), avx512_bf16), architecture
         )
-        servable = make_servable(self._forced(held, avx512_bf16), backend=backend)
+        library = load() if compiled and backend == "exact" and device == "cpu" else None
+        servable = make_servable(self._forced(held, avx512_bf16), backend=backend, library=library)
         self.rows = mixed_rows()
         adapters = read_peft(with_adapters(copy.deepcopy(plain), architecture), folder / "adapters", servable)
         self.ours = Harness(servable, adapters, device=device).run(self.rows, ARRIVALS)

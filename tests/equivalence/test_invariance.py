@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from kernels.cpu.library import INSTRUCTION_SETS, load
 from server.model.servable import make_servable
 from tests.equivalence.harness import Harness, Row, read_peft
 from tests.equivalence.models import VOCAB, held_model, plain_model, with_adapters
@@ -12,14 +13,33 @@ from tests.equivalence.models import VOCAB, held_model, plain_model, with_adapte
 OUTLIER = 2  # the token whose embedding is a thousand times the others'
 
 
-@pytest.fixture(scope="module", params=["fp32", "nf4", "int8"])
+def kernel_library(kernels):
+    """The compiled kernels for an instruction set, the best there is for "compiled", none for "plain"."""
+    if kernels == "plain":
+        return None
+    best = load()
+    if best is None:
+        pytest.skip("the kernels are not built here")
+    if kernels == "compiled":
+        return best
+    if kernels not in INSTRUCTION_SETS[: best.isa + 1]:
+        pytest.skip(f"this processor has no {kernels}")
+    return load(kernels)
+
+
+HELD = ["fp32 plain", "fp32 compiled", "nf4 avx512", "nf4 avx2", "nf4 portable", "int8 compiled"]
+
+
+@pytest.fixture(scope="module", params=HELD)
 def engine_parts(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
+    how, kernels = request.param.split()
+    library = kernel_library(kernels)
+    folder = tmp_path_factory.mktemp(how)
     plain = plain_model("llama")
     with torch.no_grad():
         plain.get_input_embeddings().weight[OUTLIER] *= 1000
     plain.save_pretrained(folder / "base")
-    servable = make_servable(held_model(folder / "base", request.param))
+    servable = make_servable(held_model(folder / "base", how), library=library)
     adapters = read_peft(with_adapters(copy.deepcopy(plain), "llama"), folder / "adapters", servable)
     return servable, adapters
 

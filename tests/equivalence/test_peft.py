@@ -12,6 +12,12 @@ def test_exact_paths_agree_with_peft(architecture, how, tmp_path):
     assert_exact(Case(architecture, how, tmp_path))
 
 
+@pytest.mark.parametrize("how", ["fp32", "nf4"])
+def test_plain_products_agree_with_peft(how, tmp_path):
+    """What serves where no compiler was found."""
+    assert_exact(Case("llama", how, tmp_path, compiled=False))
+
+
 @pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize(
     ("how", "backend"),

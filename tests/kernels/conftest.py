@@ -3,6 +3,30 @@
 import pytest
 import torch
 
+from kernels.cpu.library import INSTRUCTION_SETS, load
+
+
+@pytest.fixture(params=["reference", *INSTRUCTION_SETS])
+def kernels(request):
+    """None for plain PyTorch, else the compiled library for one instruction set."""
+    if request.param == "reference":
+        return None
+    best = load()
+    if best is None:
+        pytest.skip("the kernels are not built here")
+    if request.param not in INSTRUCTION_SETS[: best.isa + 1]:
+        pytest.skip(f"this processor has no {request.param}")
+    return load(request.param)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    """As many threads of torch's, and so of the library's, while a test runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
 
 @pytest.fixture(autouse=True)
 def _fresh_memory_is_nan():

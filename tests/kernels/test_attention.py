@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels import reference
+from kernels.cpu import operations
 from kernels.segments import KV_TILE, Span, Spans
 from tests.kernels.naive import attention, relative_error
 
@@ -42,8 +43,10 @@ class Step:
                 self.v[place] = torch.randn_like(self.v[place])
         self.q = torch.randn(start, query_heads, WIDTHS[0]).to(dtype)
 
-    def ours(self, **asked):
+    def ours(self, kernels, **asked):
         spans = Spans(tuple(self.spans), self.block_size, torch.device("cpu"))
+        if kernels is not None:
+            return operations.attention(kernels, self.q.float(), self.k, self.v, spans, **(PLAIN | asked))
         return reference.attention(self.q, self.k, self.v, spans, **(PLAIN | asked))
 
     def naive(self, **asked):
@@ -56,50 +59,50 @@ PLAIN = {"scale": WIDTHS[0] ** -0.5, "window": None, "softcap": None, "sinks": N
 @pytest.mark.parametrize("dtype", GATE)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("chunks", CHUNKS)
-def test_any_chunk_of_any_heads(dtype, heads, chunks):
+def test_any_chunk_of_any_heads(kernels, dtype, heads, chunks):
     step = Step(CHUNKS[chunks], heads, dtype)
-    assert relative_error(step.ours(), step.naive()) <= GATE[dtype]
+    assert relative_error(step.ours(kernels), step.naive()) <= GATE[dtype]
 
 
 @pytest.mark.parametrize("window", [1, 5, KV_TILE, 300])
 @pytest.mark.parametrize("chunks", ["prompt", "chunk", "edge"])
-def test_a_window(window, chunks):
+def test_a_window(kernels, window, chunks):
     step = Step(CHUNKS[chunks])
-    assert relative_error(step.ours(window=window), step.naive(window=window)) <= 1e-5
+    assert relative_error(step.ours(kernels, window=window), step.naive(window=window)) <= 1e-5
 
 
-def test_a_window_of_one_sees_itself_alone():
+def test_a_window_of_one_sees_itself_alone(kernels):
     step = Step([(4, 40)], "one to one")
     places = [step.spans[0].blocks[at // 16] * 16 + at % 16 for at in range(36, 40)]
-    assert torch.allclose(step.ours(window=1), step.v[places])
+    assert torch.allclose(step.ours(kernels, window=1), step.v[places])
 
 
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
-def test_a_softcap(window, softcap):
+def test_a_softcap(kernels, window, softcap):
     step = Step(CHUNKS["mixed"])
     asked = {"window": window, "softcap": softcap}
-    assert relative_error(step.ours(**asked), step.naive(**asked)) <= 1e-5
-    assert relative_error(step.ours(window=window), step.naive(**asked)) > 1e-4
+    assert relative_error(step.ours(kernels, **asked), step.naive(**asked)) <= 1e-5
+    assert relative_error(step.ours(kernels, window=window), step.naive(**asked)) > 1e-4
 
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("window", [None, 20])
-def test_sinks(heads, window):
+def test_sinks(kernels, heads, window):
     step = Step(CHUNKS["mixed"], heads)
     asked = {"window": window, "sinks": torch.linspace(-3, 4, step.q.shape[1])}
-    assert relative_error(step.ours(**asked), step.naive(**asked)) <= 1e-5
-    assert relative_error(step.ours(window=window), step.naive(**asked)) > 1e-2
+    assert relative_error(step.ours(kernels, **asked), step.naive(**asked)) <= 1e-5
+    assert relative_error(step.ours(kernels, window=window), step.naive(**asked)) > 1e-2
 
 
-def test_the_scale_is_the_callers():
+def test_the_scale_is_the_callers(kernels):
     step = Step(CHUNKS["mixed"])
-    assert relative_error(step.ours(scale=2.0), step.naive(scale=2.0)) <= 1e-5
-    assert relative_error(step.ours(), step.naive(scale=2.0)) > 1e-2
+    assert relative_error(step.ours(kernels, scale=2.0), step.naive(scale=2.0)) <= 1e-5
+    assert relative_error(step.ours(kernels), step.naive(scale=2.0)) > 1e-2
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 64, KV_TILE])
-def test_where_blocks_lie_does_not_show(block_size):
+def test_where_blocks_lie_does_not_show(kernels, block_size):
     """Contiguous blocks are read in place, scattered ones gathered: the same bits."""
     chunks = [(9, 300), (1, 70)]
     contiguous = Step(chunks, block_size=block_size, scattered=False)
@@ -109,38 +112,77 @@ def test_where_blocks_lie_does_not_show(block_size):
         for one, other in zip(here.blocks, there.blocks, strict=True):
             to, of = (slice(b * block_size, (b + 1) * block_size) for b in (other, one))
             scattered.k[to], scattered.v[to] = contiguous.k[of], contiguous.v[of]
-    assert relative_error(contiguous.ours(), contiguous.naive()) <= 1e-5
-    assert torch.equal(scattered.ours(), contiguous.ours())
+    assert relative_error(contiguous.ours(kernels), contiguous.naive()) <= 1e-5
+    assert torch.equal(scattered.ours(kernels), contiguous.ours(kernels))
 
 
 @pytest.mark.parametrize("window", [None, 50])
-def test_a_rows_bits_are_its_own(window):
+def test_a_rows_bits_are_its_own(kernels, window):
     """In a chunk of any length and beside any other span: the same bits."""
     step = Step([(40, 290), (3, 3)])
-    together = step.ours(window=window)
+    together = step.ours(kernels, window=window)
     q, (span, _) = step.q, step.spans
     for first, last in [(0, 1), (39, 40), (3, 20), (0, 40)]:
         step.q = q[first:last]
         step.spans = [Span(0, last - first, 250 + last, span.blocks)]
-        assert torch.equal(step.ours(window=window), together[first:last])
+        assert torch.equal(step.ours(kernels, window=window), together[first:last])
 
 
-def test_rows_of_no_span_are_zeros():
+def test_spans_shared_among_threads_are_the_same_spans(kernels, threads):
+    """Enough keys to be shared: whoever attends, a row's bits are the same."""
+    step = Step([(1, 600), (9, 200), (1, 1)] * 3, "one to one")
+    got = step.ours(kernels)
+    assert relative_error(got, step.naive()) <= 1e-5
+    torch.set_num_threads(3 - threads)
+    other = step.ours(kernels)
+    torch.set_num_threads(threads)
+    assert torch.equal(step.ours(kernels), other)
+    assert torch.equal(got, other)
+
+
+def test_queries_may_lie_by_heads(kernels):
+    step = Step(CHUNKS["mixed"])
+    want = step.ours(kernels)
+    step.q = step.q.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(step.ours(kernels), want)
+
+
+def test_rows_of_no_span_are_zeros(kernels):
     step = Step([(3, 3)])
     step.q = torch.cat([step.q, torch.full_like(step.q, torch.nan)])
-    assert torch.equal(step.ours()[3:], torch.zeros(3, 6, WIDTHS[1]))
+    assert torch.equal(step.ours(kernels)[3:], torch.zeros(3, 6, WIDTHS[1]))
 
 
-def test_write_kv_writes_its_rows_alone():
-    cache = torch.full((20, 2, 4), 7.0)
-    rows = torch.randn(3, 2, 4)
-    reference.write_kv(cache, rows, torch.tensor([19, 0, 5]))
-    assert torch.equal(cache[[19, 0, 5]], rows)
-    assert cache[1:5].eq(7).all()
-    assert cache[6:19].eq(7).all()
+def write(kernels, cache, rows, index):
+    """The rows as keys into one cache and, upside down, as values into another; both caches back."""
+    other = cache.clone()
+    if kernels is None:
+        reference.write_kv(cache, rows, index)
+        reference.write_kv(other, rows.flip(0), index)
+    else:
+        operations.write_kv(kernels, cache, other, rows, rows.flip(0), index, len(rows))
+    return cache, other
 
 
-def test_write_kv_rounds_to_the_caches_dtype():
-    cache = torch.zeros(4, 1, 1, dtype=torch.bfloat16)
-    reference.write_kv(cache, torch.full((1, 1, 1), 1.001), torch.tensor([2]))
-    assert cache.flatten().tolist() == [0, 0, 1, 0]
+@pytest.mark.parametrize("dtype", GATE)
+def test_write_kv_writes_its_rows_alone(kernels, dtype):
+    rows = torch.randn(2, 3, 4).transpose(0, 1)  # as a model gives them: [heads, rows, width] in memory
+    keys, values = write(kernels, torch.full((20, 2, 4), 7.0, dtype=dtype), rows, torch.tensor([19, 0, 5]))
+    assert torch.equal(keys[[19, 0, 5]], rows.to(dtype))
+    assert torch.equal(values[[19, 0, 5]], rows.flip(0).to(dtype))
+    for cache in (keys, values):
+        assert cache[1:5].eq(7).all()
+        assert cache[6:19].eq(7).all()
+
+
+def test_write_kv_rounds_as_torch_does(kernels):
+    numbers = torch.cat([torch.randn(500), torch.tensor([1.001, -0.0, torch.inf, 1e-40, 3.4e38, 1.00390625])])
+    rows = numbers.view(-1, 1, 2)
+    keys, _ = write(
+        kernels, torch.zeros(len(rows), 1, 2, dtype=torch.bfloat16), rows, torch.arange(len(rows))
+    )
+    assert torch.equal(keys, rows.bfloat16())
+    nothing, _ = write(
+        kernels, torch.zeros(1, 1, 2).bfloat16(), torch.full((1, 1, 2), torch.nan), torch.tensor([0])
+    )
+    assert nothing.isnan().all()

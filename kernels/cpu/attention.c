@@ -1,0 +1,202 @@
+/* Causal attention over the paged cache, and the writing of new keys and values into it.
+ *
+ * A span is the rows of one sequence, the last of the kv_length positions that its blocks hold. A unit is some of a
+ * span's queries in the heads that share one head of keys: no other unit writes its output. It goes over the keys in
+ * tiles at fixed multiples of TILE from the text's start and keeps a running maximum, total and weighted sum per row
+ * (Dao et al. 2022). A tile is copied side by side first, converted to floats and with zeros where its span ends: so
+ * scattered blocks, bfloat16 and odd widths are one path, and a tile is fetched once for all rows.
+ *
+ * The order of a row's sums is fixed by its own place in the text: keys that it does not see have a weight of exactly
+ * zero. So its bits are the same in any chunk, beside any neighbour and on any number of threads.
+ */
+#include "cpu.h"
+#include "share.h"
+
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define TILE 64          /* keys that are summed together; a multiple of any vector */
+#define KEYS_TOGETHER 4  /* whose products with a query are made side by side */
+#define UNIT_ROWS 64     /* queries times heads of one unit, unless a single query has more */
+#define WIDTH_MULTIPLE 16
+#define FAR_BELOW (-1e30f) /* a running maximum to start from: finite, so that e^(it - anything) is zero */
+
+typedef struct {
+    int64_t start, end, kv_length;
+    const int32_t *blocks;
+} Span;
+
+typedef struct {
+    const float *q; /* [rows, heads, k_width] by its strides */
+    float *out;     /* [rows, heads, v_width] */
+    const void *k_cache, *v_cache; /* [positions, kv_heads, k_width or v_width] */
+    int64_t q_row_stride, q_head_stride, heads, kv_heads, k_width, v_width, k_padded, v_padded, bf16, block_size;
+    int64_t window; /* 0: none */
+    float scale, softcap; /* 0: none */
+    const float *sinks;   /* [heads], or NULL */
+} Attention;
+
+/* Some keys of a span that are taken together, as rows of the cache seen as [positions * kv_heads, width]. */
+typedef struct {
+    int64_t keys;
+    int64_t rows[TILE];
+} Tile;
+
+/* One thread's work space, of `rows` rows. */
+typedef struct {
+    Tile tile;
+    float *q, *keys, *values, *scores, *summed, *highest, *total;
+    int64_t *low, *high;
+} Work;
+
+typedef void (*attend_fn)(const Attention *, Work *, const Span *, int64_t head, int64_t first, int64_t last);
+
+/* The keys of a tile from `first` on, as far as the span has any. */
+static Tile tile_at(const Attention *all, const Span *span, int64_t head, int64_t first) {
+    Tile tile;
+    tile.keys = most(0, least(TILE, span->kv_length - first));
+    int64_t block = first / all->block_size, at = first % all->block_size;
+    for (int64_t key = 0; key < tile.keys; key++) {
+        tile.rows[key] = (span->blocks[block] * all->block_size + at) * all->kv_heads + head;
+        if (++at == all->block_size) block++, at = 0;
+    }
+    return tile;
+}
+
+#define ISA ISA_PORTABLE
+#include "vector.h"
+#include "vector_math.h"
+#include "attention_body.h"
+#include "vector_end.h"
+#if defined(__x86_64__)
+#define ISA ISA_AVX2
+#include "vector.h"
+#include "vector_math.h"
+#include "attention_body.h"
+#include "vector_end.h"
+#define ISA ISA_AVX512
+#include "vector.h"
+#include "vector_math.h"
+#include "attention_body.h"
+#include "vector_end.h"
+#endif
+
+static const attend_fn attends[] = ISA_TABLE(attend);
+
+static int64_t padded(int64_t width) { return (width + WIDTH_MULTIPLE - 1) / WIDTH_MULTIPLE * WIDTH_MULTIPLE; }
+
+static int64_t work_floats(const Attention *all, int64_t rows) {
+    const int64_t per_row = all->k_padded + all->v_padded + TILE + 2, places = 2 * (int64_t)sizeof(int64_t) / 4;
+    return padded(TILE * (all->k_padded + all->v_padded) + rows * (per_row + places));
+}
+
+static Work work_at(const Attention *all, float *memory, int64_t rows) {
+    Work work;
+    work.low = (int64_t *)memory;
+    work.high = work.low + rows;
+    work.q = (float *)(work.high + rows);
+    work.keys = work.q + rows * all->k_padded;
+    work.values = work.keys + TILE * all->k_padded;
+    work.scores = work.values + TILE * all->v_padded;
+    work.summed = work.scores + rows * TILE;
+    work.highest = work.summed + rows * all->v_padded;
+    work.total = work.highest + rows;
+    return work;
+}
+
+/* Run the units of a share; returns the cost of all. Without `run` they are only counted. */
+static int64_t attend_all(
+    const Attention *all, Work *work, const Span *spans, int64_t count, Share share, attend_fn run
+) {
+    const int64_t group = all->heads / all->kv_heads, together = most(1, UNIT_ROWS / group);
+    const int64_t numbers = all->k_width + all->v_width, bytes = numbers * (all->bf16 ? 2 : 4);
+    for (const Span *span = spans; span < spans + count; span++) {
+        const int64_t queries = span->end - span->start, place = span->kv_length - queries;
+        for (int64_t head = 0; head < all->kv_heads; head++)
+            for (int64_t first = 0; first < queries; first += together) {
+                const int64_t last = least(first + together, queries), until = place + last;
+                const int64_t from = all->window ? most(0, place + first - all->window + 1) : 0;
+                const int64_t cost = (until - from + TILE) * COST(bytes, (numbers + 40) * (last - first) * group);
+                if (takes(&share, cost) && run) run(all, work, span, head, first, last);
+            }
+    }
+    return share.passed;
+}
+
+/* `spans` holds start, end, kv_length and the place of its first block in `blocks`, of each span. Rows of no span are
+ * not written. */
+EXPORT int32_t loraplex_attention(
+    int32_t isa, int32_t threads, float *out, const float *q, int64_t q_row_stride, int64_t q_head_stride,
+    const void *k_cache, const void *v_cache, int64_t bf16, int64_t heads, int64_t kv_heads, int64_t k_width,
+    int64_t v_width, int64_t block_size, const int64_t *spans, int64_t count, const int32_t *blocks, float scale,
+    int64_t window, float softcap, const float *sinks
+) {
+    const Attention all = {
+        q, out, k_cache, v_cache, q_row_stride, q_head_stride, heads, kv_heads, k_width, v_width, padded(k_width),
+        padded(v_width), bf16, block_size, window, scale, softcap, sinks,
+    };
+    const int64_t rows = most(UNIT_ROWS, heads / kv_heads), each = work_floats(&all, rows);
+    Span *read = malloc((size_t)count * sizeof(Span) + 1);
+    float *memory = aligned_alloc(64, (size_t)(threads * each) * sizeof(float));
+    if (!read || !memory) {
+        free(read);
+        free(memory);
+        return -1;
+    }
+    for (int64_t i = 0; i < count; i++)
+        read[i] = (Span){spans[4 * i], spans[4 * i + 1], spans[4 * i + 2], blocks + spans[4 * i + 3]};
+    const int64_t whole = attend_all(&all, NULL, read, count, share_of(0, 0, 1), NULL);
+    const attend_fn run = attends[isa];
+#pragma omp parallel num_threads(whole < WORTH_SHARING ? 1 : threads)
+    {
+        const int64_t thread = omp_get_thread_num();
+        Work work = work_at(&all, memory + thread * each, rows);
+        attend_all(&all, &work, read, count, share_of(whole, thread, omp_get_num_threads()), run);
+    }
+    free(read);
+    free(memory);
+    return 0;
+}
+
+static uint16_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40); /* NaN stays one */
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* `cache[kv_index[row]] = rows[row]`, rounded to the cache's numbers. */
+static void write_rows(
+    void *cache, const float *from, int64_t row_stride, int64_t head_stride, const int64_t *kv_index, int64_t rows,
+    int64_t heads, int64_t width, int64_t bf16
+) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t head = 0; head < heads; head++) {
+            const float *numbers = from + row * row_stride + head * head_stride;
+            const int64_t at = (kv_index[row] * heads + head) * width;
+            if (!bf16) {
+                memcpy((float *)cache + at, numbers, (size_t)width * sizeof(float));
+                continue;
+            }
+            for (int64_t i = 0; i < width; i++) ((uint16_t *)cache)[at + i] = to_bf16(numbers[i]);
+        }
+}
+
+EXPORT int32_t loraplex_write_kv(
+    int32_t isa, int32_t threads, void *k_cache, void *v_cache, const float *k, int64_t k_row_stride,
+    int64_t k_head_stride, const float *v, int64_t v_row_stride, int64_t v_head_stride, const int64_t *kv_index,
+    int64_t rows, int64_t kv_heads, int64_t k_width, int64_t v_width, int64_t bf16
+) {
+    (void)isa;
+    const int64_t cost = rows * kv_heads * (k_width + v_width) * 4;
+#pragma omp parallel for num_threads(cost < WORTH_SHARING ? 1 : threads) schedule(static)
+    for (int64_t first = 0; first < rows; first += UNIT_ROWS) {
+        const int64_t some = least(UNIT_ROWS, rows - first);
+        write_rows(k_cache, k + first * k_row_stride, k_row_stride, k_head_stride, kv_index + first, some, kv_heads,
+                   k_width, bf16);
+        write_rows(v_cache, v + first * v_row_stride, v_row_stride, v_head_stride, kv_index + first, some, kv_heads,
+                   v_width, bf16);
+    }
+    return 0;
+}

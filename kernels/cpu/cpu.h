@@ -1,0 +1,22 @@
+/* What every source here begins with: how a function is exported, and the instruction sets a kernel is built for. */
+#ifndef LORAPLEX_CPU_H
+#define LORAPLEX_CPU_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* In rising order: a table of kernels is indexed by these, and library.py has the same numbers. */
+#define ISA_PORTABLE 0
+#define ISA_AVX2 1   /* with FMA and F16C: every x86 server since 2013 */
+#define ISA_AVX512 2 /* F, BW, DQ, VL */
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define ISA_TABLE(name) {name##_portable, name##_avx2, name##_avx512}
+#else
+#define ISA_TABLE(name) {name##_portable, name##_portable, name##_portable}
+#endif
+
+#endif

@@ -1,0 +1,129 @@
+/* A strip's product in 8-bit integers: x rounded to int8 by its largest magnitude in each block of 64, the 16 NF4 values
+ * rounded to int8 once (127 times themselves). Sums of a block are exact integers, so every path has the same ones.
+ *
+ *     y[r][n] += scale[n] * (x.scale / 127) * sum over k of value[code[k][n]] * x.values[k]
+ *
+ * The dot product's instruction takes unsigned weights, so they are kept with 128 added, and 128 times the sum of x is taken off
+ * again beforehand. Included after tile_body.h. */
+
+#if ISA == ISA_AVX512
+#define INT8_TARGET \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+#define IVEC __m512i
+#define iload(from) _mm512_loadu_si512(from)
+#define iset1(value) _mm512_set1_epi32(value)
+#define idot(sum, w, x) _mm512_dpbusd_epi32(sum, w, x)
+#define ifloat(v) _mm512_cvtepi32_ps(v)
+#elif ISA == ISA_AVX2
+#define INT8_TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
+#define IVEC __m256i
+#define iload(from) _mm256_loadu_si256((const void *)(from))
+#define iset1(value) _mm256_set1_epi32(value)
+#define idot(sum, w, x) _mm256_dpbusd_avx_epi32(sum, w, x)
+#define ifloat(v) _mm256_cvtepi32_ps(v)
+#else
+#ifndef LORAPLEX_PORTABLE_INT8
+#define LORAPLEX_PORTABLE_INT8
+typedef int32_t portable_ints __attribute__((vector_size(32), aligned(4), may_alias));
+static inline portable_ints portable_dot(portable_ints sum, portable_ints w, portable_ints x) {
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < 4; j++) sum[i] += (int32_t)((uint32_t)w[i] >> 8 * j & 255) * (int8_t)((uint32_t)x[i] >> 8 * j);
+    return sum;
+}
+#endif
+#define INT8_TARGET
+#define IVEC portable_ints
+#define iload(from) (*(const portable_ints *)(from))
+#define iset1(value) ((portable_ints){0} + (value))
+#define idot(sum, w, x) portable_dot(sum, w, x)
+#define ifloat(v) __builtin_convertvector(v, portable_vec)
+#endif
+
+/* Dwords of codes to dwords of values plus 128: [BLOCK / 4][STRIP], four columns each. */
+static INT8_TARGET void NAME(int8_unpack)(const uint8_t *codes, uint8_t *w) {
+#if ISA == ISA_AVX512
+    const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)INT8_VALUES)), low = _mm512_set1_epi8(15);
+    for (int at = 0; at < NF4_CODES; at += 64) {
+        const int64_t to = at / (STRIP * 4) * (STRIP * 8) + at % (STRIP * 4);
+        const __m512i both = _mm512_loadu_si512(codes + at);
+        _mm512_storeu_si512(w + to, _mm512_shuffle_epi8(values, _mm512_and_si512(both, low)));
+        _mm512_storeu_si512(w + to + STRIP * 4,
+                            _mm512_shuffle_epi8(values, _mm512_and_si512(_mm512_srli_epi16(both, 4), low)));
+    }
+#elif ISA == ISA_AVX2
+    const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)INT8_VALUES)), low = _mm256_set1_epi8(15);
+    for (int at = 0; at < NF4_CODES; at += 32) {
+        uint8_t *to = w + at / (STRIP * 4) * (STRIP * 8) + at % (STRIP * 4);
+        const __m256i both = _mm256_loadu_si256((const void *)(codes + at));
+        _mm256_storeu_si256((void *)to, _mm256_shuffle_epi8(values, _mm256_and_si256(both, low)));
+        _mm256_storeu_si256((void *)(to + STRIP * 4),
+                            _mm256_shuffle_epi8(values, _mm256_and_si256(_mm256_srli_epi16(both, 4), low)));
+    }
+#else
+    for (int at = 0; at < NF4_CODES; at++) {
+        uint8_t *to = w + at / (STRIP * 4) * (STRIP * 8) + at % (STRIP * 4);
+        to[0] = INT8_VALUES[codes[at] & 15];
+        to[STRIP * 4] = INT8_VALUES[codes[at] >> 4];
+    }
+#endif
+}
+
+#define DEFINE_INT8_TILE(ROWS, WIDE) \
+    static inline INT8_TARGET void NAME(int8_tile_##ROWS)(const int8_row *x, const uint8_t *w, const float *scale, float *y) { \
+        for (int first = 0; first < VECTORS; first += WIDE, w += WIDE * LANES * 4, scale += WIDE * LANES, y += WIDE * LANES) { \
+            IVEC sums[ROWS][WIDE]; \
+            _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) \
+                _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) sums[r][v] = iset1(x[r].start); \
+            for (int g = 0; g < BLOCK / 4; g++) { \
+                IVEC weights[WIDE]; \
+                _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) weights[v] = iload(w + (g * STRIP + v * LANES) * 4); \
+                _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) { \
+                    const IVEC values = iset1(x[r].dwords[g]); \
+                    _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) \
+                        sums[r][v] = idot(sums[r][v], weights[v], values); \
+                } \
+            } \
+            _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) \
+                _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) { \
+                    float *to = y + r * STRIP + v * LANES; \
+                    const VEC sum = vmul(ifloat(sums[r][v]), vset1(x[r].scale)); \
+                    vstore(to, vfma(sum, vload(scale + v * LANES), vload(to))); \
+                } \
+        } \
+    }
+TILES(DEFINE_INT8_TILE)
+
+static INT8_TARGET void NAME(int8_tile)(int64_t rows, const int8_row *x, const uint8_t *w, const float *scale, float *y) {
+#define RUN_TILE(ROWS, WIDE) \
+    case ROWS: \
+        NAME(int8_tile_##ROWS)(x, w, scale, y); \
+        break;
+    switch (rows) { TILES(RUN_TILE) }
+#undef RUN_TILE
+}
+
+static INT8_TARGET void NAME(int8_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
+                                         float *y) {
+    _Alignas(64) uint8_t w[BLOCK * STRIP];
+    for (int64_t b = 0; b < blocks; b++) {
+        const uint8_t *codes = strip + b * NF4_BYTES;
+        const int8_row *values = (const int8_row *)x + b * all_rows;
+        NAME(int8_unpack)(codes, w);
+        int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+        for (int64_t first = 0, count; first < rows; first += count, tiles--) {
+            count = (rows - first + tiles - 1) / tiles;
+            NAME(int8_tile)(count, values + first, w, (const float *)(codes + NF4_CODES), y + first * STRIP);
+        }
+    }
+}
+
+#undef INT8_TARGET
+#undef IVEC
+#undef iload
+#undef iset1
+#undef idot
+#undef ifloat
+#undef DEFINE_INT8_TILE
+#undef TILES
+#undef TILE_ROWS
+#undef VECTORS

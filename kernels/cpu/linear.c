@@ -1,0 +1,258 @@
+/* y = x @ W.T + bias, for weights packed as packed.h says: exact in float for NF4 codes, bfloat16 and floats; or NF4 codes
+ * in 8-bit integers, where the processor has a dot product for them. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cpu.h"
+#include "packed.h"
+
+static const float ONES[STRIP] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                  1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+/* One row's values in one block, rounded: x = scale * 127 * values, start = -128 * their sum. */
+typedef struct {
+    union {
+        int8_t values[BLOCK];
+        int32_t dwords[BLOCK / 4];
+    };
+    float scale;
+    int32_t start;
+} int8_row;
+
+/* round(127 * NF4_VALUES) + 128. */
+static const uint8_t INT8_VALUES[16] = {1, 40, 61, 78, 92, 105, 116, 128, 138, 148, 159, 171, 184, 199, 220, 255};
+
+#define ISA ISA_PORTABLE
+#include "vector.h"
+#include "tile_body.h"
+#include "nf4_body.h"
+#include "dense_body.h"
+#include "int8_body.h"
+#include "vector_end.h"
+#if defined(__x86_64__)
+#define ISA ISA_AVX2
+#include "vector.h"
+#include "tile_body.h"
+#include "nf4_body.h"
+#include "dense_body.h"
+#include "int8_body.h"
+#include "vector_end.h"
+#define ISA ISA_AVX512
+#include "vector.h"
+#include "tile_body.h"
+#include "nf4_body.h"
+#include "dense_body.h"
+#include "int8_body.h"
+#include "vector_end.h"
+#endif
+
+#define CHUNK 128        /* rows whose sums a thread keeps at hand */
+#define GROUP 4          /* strips that a thread takes together, so that x is read once for all of them */
+#define NEAR (256 << 10) /* bytes of x that a group of strips reads at a time: half of a level 2 cache */
+
+typedef void (*strip_fn)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks, float *y);
+static const strip_fn nf4_strips[] = ISA_TABLE(nf4_strip);
+static const strip_fn bf16_strips[] = ISA_TABLE(bf16_strip);
+static const strip_fn f32_strips[] = ISA_TABLE(f32_strip);
+static const strip_fn int8_strips[] = ISA_TABLE(int8_strip); /* the wide ones need VNNI: see loraplex_has_int8 */
+
+static int64_t strips_of(int64_t n) { return (n + STRIP - 1) / STRIP; }
+static int64_t blocks_of(int64_t k) { return (k + BLOCK - 1) / BLOCK; }
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static void pack_pairs(const uint8_t *from, int64_t r, uint8_t *to) {
+    for (int j = 0; j < BLOCK / 2; j++) to[j * STRIP + PLACE(r)] = from[j];
+}
+
+static void pack_dwords(const uint8_t *from, int64_t r, uint8_t *to) {
+    for (int g = 0; g < BLOCK / 8; g++)
+        for (int i = 0; i < 4; i++) {
+            const uint8_t first = from[4 * g + i / 2], fifth = from[4 * g + 2 + i / 2];
+            to[(g * STRIP + r) * 4 + i] = i % 2 ? (first & 15) | (fifth & 15) << 4 : first >> 4 | (fifth & 0xf0);
+        }
+}
+
+typedef void (*pack_fn)(const uint8_t *from, int64_t r, uint8_t *to);
+
+static void pack_codes(int32_t threads, pack_fn pack, const uint8_t *codes, const float *absmax, uint8_t *packed, int64_t n,
+                       int64_t k) {
+    const int64_t blocks = k / BLOCK;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t s = 0; s < strips_of(n); s++)
+        for (int64_t b = 0; b < blocks; b++) {
+            uint8_t *to = packed + (s * blocks + b) * NF4_BYTES;
+            float *scale = (float *)(to + NF4_CODES);
+            memset(to, 0, NF4_BYTES);
+            for (int64_t r = 0; r < least(STRIP, n - s * STRIP); r++) {
+                const int64_t at = (s * STRIP + r) * blocks + b;
+                scale[r] = absmax[at];
+                pack(codes + at * (BLOCK / 2), r, to);
+            }
+        }
+}
+
+/* codes: [n, k / 2] and absmax: [n, k / 64] as bitsandbytes has them; k a multiple of 64. packed: [strips, blocks, NF4_BYTES]. */
+EXPORT int32_t loraplex_pack_nf4(int32_t isa, int32_t threads, const uint8_t *codes, const float *absmax, uint8_t *packed,
+                                 int64_t n, int64_t k) {
+    pack_codes(threads, isa == ISA_AVX512 ? pack_dwords : pack_pairs, codes, absmax, packed, n, k);
+    return 0;
+}
+
+EXPORT int32_t loraplex_pack_int8(int32_t isa, int32_t threads, const uint8_t *codes, const float *absmax, uint8_t *packed,
+                                  int64_t n, int64_t k) {
+    (void)isa;
+    pack_codes(threads, pack_dwords, codes, absmax, packed, n, k);
+    return 0;
+}
+
+/* [n, k] to [strips, blocks, BLOCK, STRIP], for elements of one size; zeros past the matrix. */
+#define PACK_PLAIN(weight, packed, n, k, threads) \
+    _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t s = 0; s < strips_of(n); s++) \
+        for (int64_t b = 0; b < blocks_of(k); b++) \
+            for (int64_t r = 0; r < STRIP; r++) \
+                for (int64_t i = 0; i < BLOCK; i++) { \
+                    const int64_t row = s * STRIP + r, column = b * BLOCK + i; \
+                    packed[((s * blocks_of(k) + b) * BLOCK + i) * STRIP + r] = \
+                        row < n && column < k ? weight[row * k + column] : 0; \
+                }
+
+/* weight: [n, k] bfloat16. packed: [strips, blocks, BF16_BYTES]. */
+EXPORT int32_t loraplex_pack_bf16(int32_t isa, int32_t threads, const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k) {
+    (void)isa;
+    PACK_PLAIN(weight, packed, n, k, threads)
+    return 0;
+}
+
+/* weight: [n, k] float. packed: [strips, blocks, F32_BYTES]. */
+EXPORT int32_t loraplex_pack_f32(int32_t isa, int32_t threads, const uint32_t *weight, uint32_t *packed, int64_t n, int64_t k) {
+    (void)isa;
+    PACK_PLAIN(weight, packed, n, k, threads)
+    return 0;
+}
+
+/* One row of x [rows, k] to its places in [blocks, rows], so that what a tile reads lies side by side. */
+typedef void (*prepare_fn)(const float *x, int64_t row, int64_t rows, int64_t k, void *out);
+
+static void gather_row(const float *x, int64_t row, int64_t rows, int64_t k, void *out) {
+    for (int64_t b = 0; b < blocks_of(k); b++) {
+        const int64_t count = least(BLOCK, k - b * BLOCK);
+        float *to = (float *)out + (b * rows + row) * BLOCK;
+        memcpy(to, x + row * k + b * BLOCK, count * sizeof(float));
+        memset(to + count, 0, (BLOCK - count) * sizeof(float));
+    }
+}
+
+/* k is a multiple of BLOCK. What is not finite makes the scale NaN, and so the row's results. */
+static void round_row(const float *x, int64_t row, int64_t rows, int64_t k, void *out) {
+    for (int64_t b = 0; b < k / BLOCK; b++) {
+        const float *from = x + row * k + b * BLOCK;
+        int8_row *to = (int8_row *)out + b * rows + row;
+        float largest = 0, poison = 0;
+        for (int i = 0; i < BLOCK; i++) {
+            largest = fmaxf(largest, fabsf(from[i]));
+            poison += from[i] * 0;
+        }
+        const float factor = largest > 0 && poison == 0 ? 127 / largest : 0;
+        int32_t sum = 0;
+        for (int i = 0; i < BLOCK; i++) {
+            const int32_t value = poison == 0 ? (int32_t)lrintf(fminf(127, fmaxf(-127, from[i] * factor))) : 0;
+            to->values[i] = (int8_t)value;
+            sum += value;
+        }
+        to->scale = largest / (127 * 127) + poison;
+        to->start = -128 * sum;
+    }
+}
+
+typedef struct {
+    strip_fn strip;
+    prepare_fn prepare;
+    int64_t row_bytes, block_bytes; /* of one row's values, and of one strip's weights, in one block */
+} kernel;
+
+typedef struct {
+    kernel kernel;
+    const uint8_t *packed;
+    const uint8_t *x; /* [blocks, rows, row_bytes] */
+    const float *bias;
+    float *y;
+    int64_t rows, n, blocks;
+} product;
+
+static void start_sums(const product *p, int64_t s, int64_t rows, float *sums) {
+    memset(sums, 0, rows * STRIP * sizeof(float));
+    if (p->bias)
+        for (int64_t r = 0; r < rows; r++)
+            memcpy(sums + r * STRIP, p->bias + s * STRIP, least(STRIP, p->n - s * STRIP) * sizeof(float));
+}
+
+static void write_sums(const product *p, int64_t s, int64_t row, int64_t rows, const float *sums) {
+    for (int64_t r = 0; r < rows; r++)
+        memcpy(p->y + (row + r) * p->n + s * STRIP, sums + r * STRIP, least(STRIP, p->n - s * STRIP) * sizeof(float));
+}
+
+/* The columns of y from strip `from` up to `to`, whose sums stay in `sums` [GROUP, CHUNK, STRIP] until they are whole. */
+static void multiply_strips(const product *p, int64_t from, int64_t to, float *sums) {
+    for (int64_t row = 0; row < p->rows; row += CHUNK) {
+        const int64_t rows = least(CHUNK, p->rows - row);
+        const int64_t near = NEAR / p->kernel.row_bytes / rows;
+        for (int64_t s = from; s < to; s++) start_sums(p, s, rows, sums + (s - from) * CHUNK * STRIP);
+        for (int64_t b = 0; b < p->blocks; b += near)
+            for (int64_t s = from; s < to; s++)
+                p->kernel.strip(p->x + (b * p->rows + row) * p->kernel.row_bytes, p->rows, rows,
+                                p->packed + (s * p->blocks + b) * p->kernel.block_bytes, least(near, p->blocks - b),
+                                sums + (s - from) * CHUNK * STRIP);
+        for (int64_t s = from; s < to; s++) write_sums(p, s, row, rows, sums + (s - from) * CHUNK * STRIP);
+    }
+}
+
+/* x: [rows, k]. packed: n rows of k columns. bias: [n] or NULL. y: [rows, n], written. */
+static int32_t multiply(kernel kernel, int32_t threads, const float *x, const uint8_t *packed, const float *bias, float *y,
+                        int64_t rows, int64_t n, int64_t k) {
+    const int64_t strips = strips_of(n), blocks = blocks_of(k), share = strips / (4 * threads);
+    const int64_t group = share < 1 ? 1 : least(share, GROUP);
+    uint8_t *prepared = NULL;
+    if (rows > 1 || (rows == 1 && (k % BLOCK || kernel.prepare != gather_row))) { /* one row lies as it should already */
+        prepared = malloc(rows * blocks * kernel.row_bytes);
+        if (!prepared) return -1;
+    }
+    const product p = {kernel, packed, prepared ? prepared : (const uint8_t *)x, bias, y, rows, n, blocks};
+#pragma omp parallel num_threads(threads)
+    {
+        if (prepared) {
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < rows; row++) kernel.prepare(x, row, rows, k, prepared);
+        }
+        _Alignas(64) float sums[GROUP * CHUNK * STRIP];
+#pragma omp for schedule(static) nowait
+        for (int64_t s = 0; s < strips; s += group) multiply_strips(&p, s, least(s + group, strips), sums);
+    }
+    free(prepared);
+    return 0;
+}
+
+#define DEFINE_LINEAR(name, prepare, row_bytes, block_bytes) \
+    EXPORT int32_t loraplex_##name##_linear(int32_t isa, int32_t threads, const float *x, const uint8_t *packed, \
+                                            const float *bias, float *y, int64_t rows, int64_t n, int64_t k) { \
+        const kernel chosen = {name##_strips[isa], prepare, row_bytes, block_bytes}; \
+        return multiply(chosen, threads, x, packed, bias, y, rows, n, k); \
+    }
+DEFINE_LINEAR(nf4, gather_row, BLOCK * sizeof(float), NF4_BYTES) /* k a multiple of 64 */
+DEFINE_LINEAR(int8, round_row, sizeof(int8_row), NF4_BYTES)      /* k a multiple of 64 */
+DEFINE_LINEAR(bf16, gather_row, BLOCK * sizeof(float), BF16_BYTES)
+DEFINE_LINEAR(f32, gather_row, BLOCK * sizeof(float), F32_BYTES)
+
+/* Whether this instruction set has a dot product of bytes here: 1, or 0. The portable one serves tests, at no speed. */
+EXPORT int32_t loraplex_has_int8(int32_t isa, int32_t threads) {
+    (void)threads;
+#if defined(__x86_64__)
+    if (isa == ISA_AVX512) return __builtin_cpu_supports("avx512vnni") != 0;
+    if (isa == ISA_AVX2) {
+        uint32_t a = 7, b, c = 1, d;
+        __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+        return a >> 4 & 1;
+    }
+#endif
+    return isa == ISA_PORTABLE;
+}

@@ -1,0 +1,140 @@
+/* NF4 codes to floats, and a strip's product. See packed.h for the layout, tile_body.h for the order of the sums. */
+
+#if ISA == ISA_AVX512
+
+static inline TARGET void NAME(unpack)(const uint8_t *codes, float *w) {
+    const __m512 values = _mm512_loadu_ps(NF4_VALUES);
+    for (int g = 0; g < BLOCK / 8; g++)
+        for (int half = 0; half < STRIP; half += 16) {
+            const __m512i v = _mm512_loadu_si512(codes + (g * STRIP + half) * 4);
+            float *to = w + g * 8 * STRIP + half;
+            _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
+                vstore(to + i * STRIP, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 8 * i), values));
+                vstore(to + (i + 4) * STRIP, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 8 * i + 4), values));
+            }
+        }
+}
+
+/* One row of x: products straight from the registers that unpacking fills. */
+static TARGET void NAME(nf4_row)(const float *x, const uint8_t *strip, int64_t blocks, float *y) {
+    const __m512 values = _mm512_loadu_ps(NF4_VALUES);
+    VEC totals[2] = {vload(y), vload(y + LANES)};
+    for (int64_t b = 0; b < blocks; b++) {
+        const uint8_t *codes = strip + b * NF4_BYTES;
+        const float *scale = (const float *)(codes + NF4_CODES);
+        VEC sums[2] = {vzero(), vzero()};
+        for (int g = 0; g < BLOCK / 8; g++) {
+            const __m512i dwords[2] = {_mm512_loadu_si512(codes + g * STRIP * 4),
+                                       _mm512_loadu_si512(codes + g * STRIP * 4 + 64)};
+            _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) {
+                const VEC value = vset1(x[b * BLOCK + 8 * g + i]);
+                const int shift = i < 4 ? 8 * i : 8 * (i - 4) + 4;
+                for (int v = 0; v < 2; v++)
+                    sums[v] = vfma(_mm512_permutexvar_ps(_mm512_srli_epi32(dwords[v], shift), values), value, sums[v]);
+            }
+        }
+        for (int v = 0; v < 2; v++) totals[v] = vfma(sums[v], vload(scale + v * LANES), totals[v]);
+    }
+    for (int v = 0; v < 2; v++) vstore(y + v * LANES, totals[v]);
+}
+
+#elif ISA == ISA_AVX2
+
+/* A float's four bytes are looked up apart, 32 codes at a time, and interleaved: AVX2 permutes no more than 8 floats. */
+typedef struct {
+    __m256i byte[4];
+    __m256i up; /* 1 << 16, opaque: a compiler that knows the factor makes it a shift, on a shuffle's port */
+} byte_tables;
+
+static inline TARGET byte_tables tables_of_values(void) {
+    byte_tables tables;
+    for (int p = 0; p < 4; p++) {
+        uint8_t bytes[16];
+        for (int c = 0; c < 16; c++) bytes[c] = ((const uint8_t *)&NF4_VALUES[c])[p];
+        tables.byte[p] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)bytes));
+    }
+    tables.up = _mm256_set1_epi32(1 << 16);
+    __asm__("" : "+x"(tables.up));
+    return tables;
+}
+
+/* w[v] are rows 8v .. 8v + 7. Half of the last step is made of multiplications and blends, which have execution ports of
+ * their own beside the shuffles that all the rest is made of. */
+static inline TARGET void floats_of_codes(byte_tables tables, __m256i codes, __m256 w[4]) {
+    const __m256i p0 = _mm256_shuffle_epi8(tables.byte[0], codes), p1 = _mm256_shuffle_epi8(tables.byte[1], codes);
+    const __m256i p2 = _mm256_shuffle_epi8(tables.byte[2], codes), p3 = _mm256_shuffle_epi8(tables.byte[3], codes);
+    const __m256i low01 = _mm256_unpacklo_epi8(p0, p1), low23 = _mm256_unpacklo_epi8(p2, p3);
+    const __m256i high01 = _mm256_unpackhi_epi8(p0, p1), high23 = _mm256_unpackhi_epi8(p2, p3);
+    w[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low01, low23));
+    w[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low01, low23));
+    w[2] = _mm256_castsi256_ps(_mm256_blend_epi16(high01, _mm256_mullo_epi32(high23, tables.up), 0xaa));
+    w[3] = _mm256_castsi256_ps(_mm256_blend_epi16(_mm256_madd_epi16(high01, tables.up), high23, 0xaa));
+}
+
+static inline TARGET void NAME(unpack)(const uint8_t *codes, float *w) {
+    const byte_tables tables = tables_of_values();
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int j = 0; j < BLOCK / 2; j++) {
+        const __m256i pair = _mm256_loadu_si256((const void *)(codes + j * STRIP));
+        __m256 first[4], second[4];
+        floats_of_codes(tables, _mm256_and_si256(_mm256_srli_epi16(pair, 4), low), first);
+        floats_of_codes(tables, _mm256_and_si256(pair, low), second);
+        float *to = w + 2 * j * STRIP;
+        for (int v = 0; v < 4; v++) {
+            vstore(to + v * LANES, first[v]);
+            vstore(to + STRIP + v * LANES, second[v]);
+        }
+    }
+}
+
+/* One row of x: products straight from the registers that unpacking fills. */
+static TARGET void NAME(nf4_row)(const float *x, const uint8_t *strip, int64_t blocks, float *y) {
+    const byte_tables tables = tables_of_values();
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int64_t b = 0; b < blocks; b++) {
+        const uint8_t *codes = strip + b * NF4_BYTES;
+        const float *scale = (const float *)(codes + NF4_CODES);
+        VEC sums[4] = {vzero(), vzero(), vzero(), vzero()}, w[4];
+        for (int j = 0; j < BLOCK / 2; j++) {
+            const __m256i pair = _mm256_loadu_si256((const void *)(codes + j * STRIP));
+            VEC value = vset1(x[b * BLOCK + 2 * j]);
+            floats_of_codes(tables, _mm256_and_si256(_mm256_srli_epi16(pair, 4), low), w);
+            for (int v = 0; v < 4; v++) sums[v] = vfma(w[v], value, sums[v]);
+            value = vset1(x[b * BLOCK + 2 * j + 1]);
+            floats_of_codes(tables, _mm256_and_si256(pair, low), w);
+            for (int v = 0; v < 4; v++) sums[v] = vfma(w[v], value, sums[v]);
+        }
+        for (int v = 0; v < 4; v++)
+            vstore(y + v * LANES, vfma(sums[v], vload(scale + v * LANES), vload(y + v * LANES)));
+    }
+}
+
+#else
+
+static void NAME(unpack)(const uint8_t *codes, float *w) {
+    for (int j = 0; j < BLOCK / 2; j++)
+        for (int r = 0; r < STRIP; r++) {
+            const uint8_t pair = codes[j * STRIP + PLACE(r)];
+            w[2 * j * STRIP + r] = NF4_VALUES[pair >> 4];
+            w[(2 * j + 1) * STRIP + r] = NF4_VALUES[pair & 15];
+        }
+}
+
+#endif
+
+/* y[r][n] += sum over blocks of scale[n] * (w . x[r]). x: [blocks][all_rows][BLOCK], of which `rows` are taken. */
+static TARGET void NAME(nf4_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
+                                   float *y) {
+#if ISA != ISA_PORTABLE
+    if (all_rows == 1) {
+        NAME(nf4_row)((const float *)x, strip, blocks, y);
+        return;
+    }
+#endif
+    _Alignas(64) float w[BLOCK * STRIP];
+    for (int64_t b = 0; b < blocks; b++) {
+        const uint8_t *block = strip + b * NF4_BYTES;
+        NAME(unpack)(block, w);
+        NAME(block)(rows, (const float *)x + b * all_rows * BLOCK, w, (const float *)(block + NF4_CODES), y);
+    }
+}
