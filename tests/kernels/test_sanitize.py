@@ -21,4 +21,4 @@ def test_the_kernels_stay_within_their_memory(tmp_path):
         pytest.skip("no gcc with its sanitizers here")
     ran = subprocess.run(["make", "sanitize"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.endswith("clean\n")
+    assert "clean" in ran.stdout.splitlines()
