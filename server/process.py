@@ -128,7 +128,7 @@ class Life:
         if serving.phase == "failed":
             self._leave(FAILED, f"the model could not be loaded: {serving.detail}")
             return
-        if serving.phase == "ready":
+        if serving.served is not None:  # also when a signal came in the tick in which it became ready
             seconds = time.perf_counter() - began
             print("\n".join([*serving.plan, f"ready in {seconds:.1f} s at {self._url}/v1"]), flush=True)
         while serving.phase == "ready" and not serving.dead:

@@ -388,8 +388,7 @@ def test_the_absence_of_compiled_kernels_is_said_once(monkeypatch, caplog):
     assert "install with a C compiler" in record.message
 
 
-def test_kernels_are_for_the_cpus_own_products(caplog):
-    assert startup.cpu_kernels(asked(linear_backend="bitsandbytes"), torch.device("cpu")) is None
+def test_kernels_are_for_the_cpu(caplog):
     assert startup.cpu_kernels(asked(), torch.device("cuda")) is None
     assert not caplog.records
 
