@@ -45,9 +45,9 @@ class Appraiser:
         try:
             return self._facts(folder, generation)
         except AdapterError as error:
-            return Facts(findings=error.findings or (Finding(str(folder), error.message),))
+            return Facts(findings=error.findings or (Finding(folder.name, error.message),))
         except OSError as error:
-            return Facts(findings=(Finding(str(folder), f"cannot be read: {error.strerror or error}"),))
+            return Facts(findings=(Finding(folder.name, f"cannot be read: {error.strerror or error}"),))
 
     def _facts(self, folder: Path, generation: str) -> Facts:
         outline = inspect_adapter(folder, generation, self.layout, self.dtype, self.max_rank)

@@ -121,7 +121,7 @@ def _unknown(argument: str, parser: argparse.ArgumentParser) -> str:
         return f"{name}: {why}"
     flags = [name for name in parser._option_string_actions if name.startswith("--")]
     close = difflib.get_close_matches(name, flags, n=1)
-    return f"unknown argument {argument}" + (f", did you mean {close[0]}?" if close else "")
+    return f"unknown argument {name}" + (f", did you mean {close[0]}?" if close else "")
 
 
 def _take_model_from_modules(values: dict[str, Any]) -> None:

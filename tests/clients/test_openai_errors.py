@@ -55,6 +55,37 @@ def test_a_full_queue_is_tried_again_when_the_server_says(ask, live, world, monk
     assert len(live.headers) == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fields", [{"model": "odd"}, {"extra_body": {"adapter": "odd"}}])
+def test_an_adapter_that_does_not_fit_is_a_conflict_told_once(ask, live, world, stream, fields):
+    world.registry.names["odd"] = "3" * 64
+    with pytest.raises(openai.ConflictError) as caught:
+        ask(tries=3, stream=stream, **fields)
+    assert (caught.value.code, caught.value.body["details"][0]["problem"]) == ("adapter_incompatible", "b")
+    assert len(live.headers) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "path", "refusal", "code"),
+    [
+        ("wrong", "/completions", openai.AuthenticationError, "invalid_api_key"),
+        ("asked", "/adapters/new", openai.PermissionDeniedError, "insufficient_scope"),
+    ],
+)
+def test_keys_are_refused_by_the_clients_own_classes(tmp_path, key, path, refusal, code):
+    world = fakes.world(tmp_path, api_key=["asked"], admin_api_key=["admin"])
+    with (
+        listening(create_app(world.settings, world.serving)) as live,
+        openai.OpenAI(base_url=f"{live.url}/v1", api_key=key, max_retries=3) as client,
+    ):
+        send = client.put if path.startswith("/adapters") else client.post
+        with pytest.raises(refusal) as caught:
+            send(path, body={"model": "base", "prompt": "a"}, cast_to=object)
+        assert caught.value.code == code
+        assert len(live.headers) == 1
+    assert world.quiet()
+
+
 @pytest.mark.parametrize("phase", ["loading", "draining"])
 def test_a_server_that_is_not_ready_is_an_internal_server_error(ask, world, phase):
     world.serving.phase = phase
