@@ -5,7 +5,10 @@ BIN = $(VENV)/bin
 CPU_TORCH = torch==2.13.0+cpu
 SANITIZE = -std=gnu11 -Wno-psabi -O1 -g -fopenmp -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: help install native sanitize demo test check smoke load bench-cpu gpu-check clean
+EMULATE = -std=gnu11 -Wno-psabi -O1 -mavx2 -mfma -mf16c -fopenmp -ffp-contract=off -fvisibility=hidden -fPIC -Ikernels/cpu
+EMULATION = tests/kernels/emulation
+
+.PHONY: help install native sanitize emulate demo test check smoke load bench-cpu gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +38,15 @@ sanitize:  ## the C kernels under the address and undefined-behaviour sanitizers
 	@mkdir -p build
 	$(CC) $(SANITIZE) -Ikernels/cpu tests/kernels/sanitize.c kernels/cpu/cpu.c -lm -o build/sanitize
 	build/sanitize
+
+emulate: build/emulated.so  ## the C kernels with AVX-512 and byte products in terms of AVX2, for tests (needs libsimde-dev)
+
+build/emulated.so: $(patsubst kernels/cpu/%.c,build/emulated/%.o,$(wildcard kernels/cpu/*.c)) $(EMULATION)/processor.c
+	$(CC) $(EMULATE) -shared $^ -lm -o $@
+
+build/emulated/%.o: kernels/cpu/%.c $(wildcard kernels/cpu/*.h) $(EMULATION)/emulate.h
+	@mkdir -p $(@D)
+	$(CC) $(EMULATE) -include $(EMULATION)/emulate.h -c $< -o $@
 
 check: install  ## format, lint, types, layout
 	$(BIN)/ruff format --check .
