@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 CPU_TORCH = torch==2.13.0+cpu
-SANITIZE = -std=gnu11 -Wno-psabi -O1 -g -fopenmp -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
-
-EMULATE = -std=gnu11 -Wno-psabi -O1 -mavx2 -mfma -mf16c -fopenmp -ffp-contract=off -fvisibility=hidden -fPIC -Ikernels/cpu
+KERNELS = $(wildcard kernels/cpu/*.c)
+COMPILE = -std=gnu11 -Wno-psabi -O1 -fopenmp -ffp-contract=off -Ikernels/cpu
+SANITIZE = $(COMPILE) -g -fsanitize=address,undefined -fno-sanitize-recover=all
+EMULATE = $(COMPILE) -mavx2 -mfma -mf16c -fvisibility=hidden -fPIC
 EMULATION = tests/kernels/emulation
 
 .PHONY: help install native sanitize emulate demo test check smoke load bench-cpu gpu-check clean
@@ -34,14 +35,19 @@ demo: install  ## start the server on the bundled demo and drive it through the 
 test: install  ## all tests that need no GPU
 	$(BIN)/python -m pytest
 
-sanitize:  ## the C kernels under the address and undefined-behaviour sanitizers
-	@mkdir -p build
-	$(CC) $(SANITIZE) -Ikernels/cpu tests/kernels/sanitize.c kernels/cpu/cpu.c -lm -o build/sanitize
-	build/sanitize
+sanitize: build/sanitized/all  ## the C kernels under the address and undefined-behaviour sanitizers
+	build/sanitized/all
+
+build/sanitized/all: $(KERNELS:kernels/cpu/%.c=build/sanitized/%.o) $(wildcard tests/kernels/sanitize/*.[ch])
+	$(CC) $(SANITIZE) $(filter-out %.h,$^) -lm -o $@
+
+build/sanitized/%.o: kernels/cpu/%.c $(wildcard kernels/cpu/*.h)
+	@mkdir -p $(@D)
+	$(CC) $(SANITIZE) -c $< -o $@
 
 emulate: build/emulated.so  ## the C kernels with AVX-512 and byte products in terms of AVX2, for tests (needs libsimde-dev)
 
-build/emulated.so: $(patsubst kernels/cpu/%.c,build/emulated/%.o,$(wildcard kernels/cpu/*.c)) $(EMULATION)/processor.c
+build/emulated.so: $(KERNELS:kernels/cpu/%.c=build/emulated/%.o) $(EMULATION)/processor.c
 	$(CC) $(EMULATE) -shared $^ -lm -o $@
 
 build/emulated/%.o: kernels/cpu/%.c $(wildcard kernels/cpu/*.h) $(EMULATION)/emulate.h
