@@ -19,6 +19,8 @@ def test_the_kernels_stay_within_their_memory(tmp_path):
         or subprocess.run([compiler, *flags, trial, "-o", tmp_path / "trial"], check=False).returncode
     ):
         pytest.skip("no gcc with its sanitizers here")
-    ran = subprocess.run(["make", "--jobs=2", "sanitize"], cwd=ROOT, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        ["make", "--jobs=2", "sanitize"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "clean" in ran.stdout.splitlines()

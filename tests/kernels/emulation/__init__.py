@@ -1,4 +1,4 @@
-"""The library for an instruction set: the built one, or where this processor lacks it, one that emulates it by SIMDe."""
+"""The library for an instruction set: the built one, or one that emulates by SIMDe what this processor lacks."""
 
 import functools
 import os
@@ -46,7 +46,12 @@ def built() -> Path:
     """Made once, and again when a source has changed."""
     quiet = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     made = subprocess.run(
-        ["make", "--silent", "--jobs=2", "emulate"], cwd=ROOT, env=quiet, capture_output=True, text=True, check=False
+        ["make", "--silent", "--jobs=2", "emulate"],
+        cwd=ROOT,
+        env=quiet,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert made.returncode == 0, made.stderr[-3000:]
     return ROOT / "build" / "emulated.so"
