@@ -9,7 +9,7 @@ SANITIZE = $(COMPILE) -g -fsanitize=address,undefined -fno-sanitize-recover=all
 EMULATE = $(COMPILE) -mavx2 -mfma -mf16c -fvisibility=hidden -fPIC
 EMULATION = tests/kernels/emulation
 
-.PHONY: help install native sanitize emulate demo test check smoke load bench-cpu gpu-check clean
+.PHONY: help install native sanitize emulate sanitize-emulated demo test check smoke load bench-cpu gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,17 @@ build/emulated.so: $(KERNELS:kernels/cpu/%.c=build/emulated/%.o) $(EMULATION)/pr
 build/emulated/%.o: kernels/cpu/%.c $(wildcard kernels/cpu/*.h) $(EMULATION)/emulate.h
 	@mkdir -p $(@D)
 	$(CC) $(EMULATE) -include $(EMULATION)/emulate.h -c $< -o $@
+
+sanitize-emulated: build/sanitized-emulated/all  ## the emulated kernels under the same sanitizers
+	build/sanitized-emulated/all
+
+build/sanitized-emulated/all: $(KERNELS:kernels/cpu/%.c=build/sanitized-emulated/%.o) $(EMULATION)/processor.c \
+		$(wildcard tests/kernels/sanitize/*.[ch])
+	$(CC) $(SANITIZE) $(filter-out %.h,$^) -lm -o $@
+
+build/sanitized-emulated/%.o: kernels/cpu/%.c $(wildcard kernels/cpu/*.h) $(EMULATION)/emulate.h
+	@mkdir -p $(@D)
+	$(CC) $(EMULATE) $(SANITIZE) -O0 -include $(EMULATION)/emulate.h -c $< -o $@
 
 check: install  ## format, lint, types, layout
 	$(BIN)/ruff format --check .

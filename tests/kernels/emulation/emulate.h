@@ -29,12 +29,11 @@
 #error "this build would run the real instructions: nothing is emulated"
 #endif
 
-#ifndef _mm512_extractf32x8_ps
+#undef _mm512_extractf32x8_ps /* without optimization the compiler has it as a macro */
 #define _mm512_extractf32x8_ps(a, which) emulated_half(a, which)
 static inline __m256 emulated_half(simde__m512 a, int which) { return simde__m512_to_private(a).m256[which]; }
-#endif
 
-#ifndef _mm512_cvtepu16_epi32
+#undef _mm512_cvtepu16_epi32
 #define _mm512_cvtepu16_epi32(a) emulated_widened(a)
 static inline simde__m512i emulated_widened(__m256i a) {
     simde__m512i_private result;
@@ -42,9 +41,8 @@ static inline simde__m512i emulated_widened(__m256i a) {
     result.m256i[1] = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1));
     return simde__m512i_from_private(result);
 }
-#endif
 
-#ifndef _mm512_cvtepi32_ps
+#undef _mm512_cvtepi32_ps
 #define _mm512_cvtepi32_ps(a) emulated_floats(a)
 static inline simde__m512 emulated_floats(simde__m512i a) {
     const simde__m512i_private from = simde__m512i_to_private(a);
@@ -52,9 +50,9 @@ static inline simde__m512 emulated_floats(simde__m512i a) {
     for (int half = 0; half < 2; half++) result.m256[half] = _mm256_cvtepi32_ps(from.m256i[half]);
     return simde__m512_from_private(result);
 }
-#endif
 
 /* AVX-VNNI's name of what SIMDe has as AVX-512 VNNI's. */
+#undef _mm256_dpbusd_avx_epi32
 #define _mm256_dpbusd_avx_epi32(sum, a, b) simde_mm256_dpbusd_epi32(sum, a, b)
 
 #define target(...) unused
