@@ -7,8 +7,10 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from demo.grammar import ADAPTERS
+from kernels.cpu.library import load
 from server.model.linear import LoRALinear, ModuleLinear
-from tests.bench import cpu
+from tests.bench import cpu, int8_quality
 from tests.bench.contestants import Ours
 from tests.bench.cpu import Bench, Plan, in_turn, int8_reason, popularity
 from tests.bench.figures import Figure, Results
@@ -119,3 +121,35 @@ def test_bitsandbytes_multiplies_in_the_dtype_that_was_chosen(made, tmp_path):
         assert ours.engine.runner.model.dtype is torch.float32
     finally:
         ours.close()
+
+
+def test_int8_quality_is_measured_where_there_are_no_byte_instructions(made, tmp_path, monkeypatch):
+    """The portable kernels stand in; what is measured is small, and not nothing."""
+    monkeypatch.setattr("tests.bench.figures.RESULTS", tmp_path)
+    libraries = load("portable"), load("portable", "int8")
+    if None in libraries:
+        pytest.skip("the kernels are not built here")
+    int8_quality.demo(Results("int8", "test", 0), libraries, turns=4)
+    int8_quality.random_shape(Results("int8", "test", 0), libraries, made, tokens=40)
+    lines = [json.loads(line) for line in (tmp_path / "int8.jsonl").read_text().splitlines()]
+    assert [(line["name"], line["model"]) for line in lines] == [
+        *(("demo", name) for name in ("base", *ADAPTERS)),
+        *(("random", name) for name in ("base", "adapter")),
+    ]
+    for line in lines:
+        assert 1e-4 < line["logit_error"] < 0.1, line
+        assert 0.8 <= line["agreement"] <= 1, line
+        assert line["perplexity_int8"] == pytest.approx(line["perplexity_fp32"], rel=0.05)
+    for line in lines[1:5]:
+        assert line["perplexity_fp32"] < lines[0]["perplexity_fp32"] / 2, "an adapter knows its own texts"
+
+
+def test_int8_quality_sees_a_difference_and_only_that():
+    logits = torch.tensor([[2.0, 0.0, -2.0], [0.0, 1.0, -1.0]])
+    same, other = int8_quality.Difference(), int8_quality.Difference()
+    same.add(logits, logits, torch.tensor([0, 1]))
+    other.add(logits, logits.roll(1, 1), torch.tensor([0, 1]))
+    assert (same.line()["agreement"], same.line()["logit_error"]) == (1, 0)
+    assert same.line()["perplexity_fp32"] == same.line()["perplexity_int8"]
+    assert other.line()["agreement"] == 0
+    assert other.line()["perplexity_int8"] > other.line()["perplexity_fp32"]
