@@ -194,9 +194,10 @@ def both_arithmetics() -> tuple[Library, Library]:
 
 
 def main() -> int:
-    torch.set_num_threads(os.cpu_count() or 1)
     results, libraries = Results("int8", "python -m tests.bench.int8_quality", SEED), both_arithmetics()
+    torch.set_num_threads(1)  # the demo's products are too short to be shared
     demo(results, libraries)
+    torch.set_num_threads(os.cpu_count() or 1)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraplex" / "bench"
     random_shape(results, libraries, checkpoint(Shape(), cache))
     return 0
