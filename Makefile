@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 CPU_TORCH = torch==2.13.0+cpu
 KERNELS = $(wildcard kernels/cpu/*.c)
-COMPILE = -std=gnu11 -Wno-psabi -O1 -fopenmp -ffp-contract=off -Ikernels/cpu
-SANITIZE = $(COMPILE) -g -fsanitize=address,undefined -fno-sanitize-recover=all
-EMULATE = $(COMPILE) -mavx2 -mfma -mf16c -fvisibility=hidden -fPIC
+COMPILE = -std=gnu11 -Wno-psabi -fopenmp -ffp-contract=off -Ikernels/cpu
+SANITIZE = $(COMPILE) -O0 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 EMULATION = tests/kernels/emulation
+EMULATE = -mavx2 -mfma -mf16c -include $(EMULATION)/emulate.h
 
 .PHONY: help install native sanitize emulate sanitize-emulated demo test check smoke load bench-cpu gpu-check clean
 
@@ -48,11 +48,11 @@ build/sanitized/%.o: kernels/cpu/%.c $(wildcard kernels/cpu/*.h)
 emulate: build/emulated.so  ## the C kernels with AVX-512 and byte products in terms of AVX2, for tests (needs libsimde-dev)
 
 build/emulated.so: $(KERNELS:kernels/cpu/%.c=build/emulated/%.o) $(EMULATION)/processor.c
-	$(CC) $(EMULATE) -shared $^ -lm -o $@
+	$(CC) $(COMPILE) -fPIC -shared $^ -lm -o $@
 
 build/emulated/%.o: kernels/cpu/%.c $(wildcard kernels/cpu/*.h) $(EMULATION)/emulate.h
 	@mkdir -p $(@D)
-	$(CC) $(EMULATE) -include $(EMULATION)/emulate.h -c $< -o $@
+	$(CC) $(COMPILE) -O1 -fPIC -fvisibility=hidden $(EMULATE) -c $< -o $@
 
 sanitize-emulated: build/sanitized-emulated/all  ## the emulated kernels under the same sanitizers
 	build/sanitized-emulated/all
@@ -63,7 +63,7 @@ build/sanitized-emulated/all: $(KERNELS:kernels/cpu/%.c=build/sanitized-emulated
 
 build/sanitized-emulated/%.o: kernels/cpu/%.c $(wildcard kernels/cpu/*.h) $(EMULATION)/emulate.h
 	@mkdir -p $(@D)
-	$(CC) $(EMULATE) $(SANITIZE) -O0 -include $(EMULATION)/emulate.h -c $< -o $@
+	$(CC) $(SANITIZE) $(EMULATE) -c $< -o $@
 
 check: install  ## format, lint, types, layout
 	$(BIN)/ruff format --check .
