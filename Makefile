@@ -3,9 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 CPU_TORCH = torch==2.13.0+cpu
-SANITIZE = -std=gnu11 -Wno-psabi -O1 -g -fopenmp -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
+KERNELS = $(wildcard kernels/cpu/*.c)
+COMPILE = -std=gnu11 -Wno-psabi -fopenmp -ffp-contract=off -Ikernels/cpu
+SANITIZE = $(COMPILE) -O0 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+EMULATION = tests/kernels/emulation
+EMULATE = -mavx2 -mfma -mf16c -include $(EMULATION)/emulate.h
 
-.PHONY: help install native sanitize demo test check smoke load bench-cpu gpu-check clean
+.PHONY: help install native sanitize emulate sanitize-emulated demo test check smoke load bench-cpu gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,10 +35,35 @@ demo: install  ## start the server on the bundled demo and drive it through the 
 test: install  ## all tests that need no GPU
 	$(BIN)/python -m pytest
 
-sanitize:  ## the C kernels under the address and undefined-behaviour sanitizers
-	@mkdir -p build
-	$(CC) $(SANITIZE) -Ikernels/cpu tests/kernels/sanitize.c kernels/cpu/cpu.c -lm -o build/sanitize
-	build/sanitize
+sanitize: build/sanitized/all  ## the C kernels under the address and undefined-behaviour sanitizers
+	build/sanitized/all
+
+build/sanitized/all: $(KERNELS:kernels/cpu/%.c=build/sanitized/%.o) $(wildcard tests/kernels/sanitize/*.[ch])
+	$(CC) $(SANITIZE) $(filter-out %.h,$^) -lm -o $@
+
+build/sanitized/%.o: kernels/cpu/%.c $(wildcard kernels/cpu/*.h)
+	@mkdir -p $(@D)
+	$(CC) $(SANITIZE) -c $< -o $@
+
+emulate: build/emulated.so  ## the C kernels with AVX-512 and byte products in terms of AVX2, for tests (needs libsimde-dev)
+
+build/emulated.so: $(KERNELS:kernels/cpu/%.c=build/emulated/%.o) $(EMULATION)/processor.c
+	$(CC) $(COMPILE) -fPIC -shared $^ -lm -o $@
+
+build/emulated/%.o: kernels/cpu/%.c $(wildcard kernels/cpu/*.h) $(EMULATION)/emulate.h
+	@mkdir -p $(@D)
+	$(CC) $(COMPILE) -O1 -fPIC -fvisibility=hidden $(EMULATE) -c $< -o $@
+
+sanitize-emulated: build/sanitized-emulated/all  ## the emulated kernels under the same sanitizers
+	build/sanitized-emulated/all
+
+build/sanitized-emulated/all: $(KERNELS:kernels/cpu/%.c=build/sanitized-emulated/%.o) $(EMULATION)/processor.c \
+		$(wildcard tests/kernels/sanitize/*.[ch])
+	$(CC) $(SANITIZE) $(filter-out %.h,$^) -lm -o $@
+
+build/sanitized-emulated/%.o: kernels/cpu/%.c $(wildcard kernels/cpu/*.h) $(EMULATION)/emulate.h
+	@mkdir -p $(@D)
+	$(CC) $(SANITIZE) $(EMULATE) -c $< -o $@
 
 check: install  ## format, lint, types, layout
 	$(BIN)/ruff format --check .

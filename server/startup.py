@@ -73,7 +73,12 @@ def load(settings: Settings, serving: Serving) -> None:
     for module in settings.lora_modules:
         served.registry.put_folder(module.name, module.path)
     served.engine.start()
-    serving.plan = (_model_line(settings, servable, weights), *plan.lines(), f"served      {_names(served)}")
+    serving.plan = (
+        _model_line(settings, servable, weights),
+        f"kernels     {_kernels(settings, servable)}",
+        *plan.lines(),
+        f"served      {_names(served)}",
+    )
     serving.served = served
     serving.detail, serving.progress, serving.phase = "ready", 1.0, "ready"
 
@@ -96,16 +101,17 @@ def model_source(settings: Settings) -> ModelSource:
 
 
 def cpu_kernels(settings: Settings, device: torch.device) -> Library | None:
-    """The compiled kernels where they are wanted; their absence is said once.
+    """The compiled kernels, on every CPU; their absence is said once.
 
-    Raises `SettingsError` where `--cpu-math int8` cannot be had: it is never exchanged for something else.
+    With `--linear-backend bitsandbytes` they do all but the products of quantized weights. Raises `SettingsError`
+    where `--cpu-math int8` cannot be had: it is never exchanged for something else.
     """
-    wanted = device.type == "cpu" and settings.linear_backend == "exact"
-    if settings.cpu_math == "int8" and not (wanted and settings.quantization == "nf4"):
+    ours = device.type == "cpu" and settings.linear_backend == "exact" and settings.quantization == "nf4"
+    if settings.cpu_math == "int8" and not ours:
         raise SettingsError(
             "--cpu-math int8 cannot be served: it is for NF4 weights on the CPU's own kernels"
         )
-    if not wanted:
+    if device.type != "cpu":
         return None
     try:
         library = load_library(math=settings.cpu_math)
@@ -261,11 +267,19 @@ def return_free_memory() -> None:
 
 def _model_line(settings: Settings, servable: ServableModel, weights: int) -> str:
     dtype = str(servable.dtype).removeprefix("torch.")
-    kernels = f" with {servable.library.instruction_set} kernels" if servable.library else ""
     return (
         f"model       {type(servable.model).__name__}, {size_text(weights)} of {settings.quantization} weights, "
-        f"{dtype} on {servable.device.type}{kernels}, {len(servable.layout.modules)} adaptable linears"
+        f"{dtype} on {servable.device.type}, {len(servable.layout.modules)} adaptable linears"
     )
+
+
+def _kernels(settings: Settings, servable: ServableModel) -> str:
+    """Which kernels run, and the arithmetic of the base's products."""
+    if servable.library is None:
+        return "plain PyTorch"
+    if settings.linear_backend == "bitsandbytes":
+        return f"{servable.library.instruction_set}; bitsandbytes multiplies by quantized weights"
+    return f"{servable.library.instruction_set}, {servable.library.math}"
 
 
 def _names(served: Served) -> str:

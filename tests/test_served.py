@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from kernels.cpu.library import load
 from loadtests.server_process import serving
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -16,13 +17,22 @@ PROMPTS = ("Q: What is discharge?\nA:", "Q: What is a bond?\nA:")
 
 
 @pytest.fixture(scope="module")
-def client():
+def server():
     modules = [flag for name in ADAPTERS for flag in ("--lora-modules", f"{name}={DEMO}/adapters/{name}")]
-    with (
-        serving(DEMO / "base", "--served-model-name", "base", *modules) as server,
-        httpx.Client(base_url=server.url, timeout=120) as client,
-    ):
+    with serving(DEMO / "base", "--served-model-name", "base", *modules) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with httpx.Client(base_url=server.url, timeout=120) as client:
         yield client
+
+
+def test_a_start_says_which_kernels_run(server):
+    best = load()
+    want = "plain PyTorch" if best is None else f"{best.instruction_set}, fp32"
+    assert f"kernels     {want}" in server.log.read_text().splitlines()
 
 
 def streamed(

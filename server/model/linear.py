@@ -130,7 +130,7 @@ class PackedLinear:
 
 @dataclass(frozen=True, slots=True)
 class FourBitLinear:
-    """The exact product in plain PyTorch: dequantize, then one product for all members."""
+    """The exact product in plain PyTorch: dequantize, then one product for all members, of any number of rows."""
 
     weights: tuple[FourBitWeight, ...]
     bias: Tensor | None

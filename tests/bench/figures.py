@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,24 +15,29 @@ from loadtests.load import commit, machine
 RESULTS = Path(__file__).parents[2] / "loadtests" / "results"
 
 
+Want = Literal["at least", "at most"]
+
+
 @dataclass(frozen=True)
 class Figure:
-    """A measured value that must be at least, or at most, its bound."""
+    """A value that must be at least, or at most, its bound; None where it could not be measured, and why."""
 
     name: str
-    value: float
+    value: float | None
     bound: float
-    want: Literal["at least", "at most"]
+    want: Want
+    why: str | None = None
 
     @property
-    def ok(self) -> bool:
-        return self.value >= self.bound if self.want == "at least" else self.value <= self.bound
-
-    @property
-    def status(self) -> Literal["ok", "short"]:
-        return "ok" if self.ok else "short"
+    def status(self) -> Literal["ok", "short", "unmeasured"]:
+        if self.value is None:
+            return "unmeasured"
+        ok = self.value >= self.bound if self.want == "at least" else self.value <= self.bound
+        return "ok" if ok else "short"
 
     def __str__(self) -> str:
+        if self.value is None:
+            return f"figure {self.name} - {self.bound:.3g} unmeasured ({self.why})"
         return f"figure {self.name} {self.value:.3g} {self.bound:.3g} {self.status}"
 
 
@@ -54,9 +60,12 @@ class Results:
             lines.write(json.dumps({**self._run, **measured}) + "\n")
 
     def close(self, figures: list[Figure]) -> int:
-        """Keep and print the figures; 1 when any is short."""
+        """Keep and print the figures, and how many are what; 1 when any is short."""
         for figure in figures:
-            self.add(name=figure.name, value=round(figure.value, 4), bound=figure.bound, status=figure.status)
+            value = None if figure.value is None else round(figure.value, 4)
+            self.add(name=figure.name, value=value, bound=figure.bound, status=figure.status, why=figure.why)
+        counts = Counter(figure.status for figure in figures)
         sys.stdout.flush()
         print("\n".join(map(str, figures)))
-        return 0 if all(figure.ok for figure in figures) else 1
+        print(", ".join(f"{counts[status]} {status}" for status in ("ok", "short", "unmeasured")))
+        return 1 if counts["short"] else 0

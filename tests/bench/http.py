@@ -19,6 +19,7 @@ def http_tokens_per_s(made: Checkpoint, streams: int, tokens: int, rounds: int) 
     names = [path.name for path in made.adapters[:streams]]
     flags = [flag for path in made.adapters[:streams] for flag in ("--lora-modules", f"{path.name}={path}")]
     flags += ["--quantized-cache", str(made.base.parent / "quantized"), "--kv-cache-memory-bytes", "1GiB"]
+    flags += ["--adapter-dtype", "bfloat16", "--max-loras", "32"]
     draw = random.Random(0)
 
     def one(client: httpx.Client, name: str) -> None:

@@ -45,7 +45,7 @@ class Case:
         self.peft = with_adapters(
             self._forced(held_model(folder / "base", how, device), avx512_bf16), architecture
         )
-        library = load() if compiled and backend == "exact" and device == "cpu" else None
+        library = load() if compiled and device == "cpu" else None
         servable = make_servable(self._forced(held, avx512_bf16), backend=backend, library=library)
         self.rows = mixed_rows()
         adapters = read_peft(with_adapters(copy.deepcopy(plain), architecture), folder / "adapters", servable)

@@ -8,7 +8,8 @@ import torch
 
 from kernels import reference
 from kernels.cpu import operations
-from kernels.cpu.library import INSTRUCTION_SETS, load
+from kernels.cpu.library import INSTRUCTION_SETS
+from tests.kernels import emulation
 
 SHAPES = [(32, 64), (1, 64), (33, 128), (160, 192), (95, 320), (256, 2048)]  # (out, in)
 ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 16, 31, 129]
@@ -16,12 +17,7 @@ ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 16, 31, 129]
 
 @pytest.fixture(params=INSTRUCTION_SETS)
 def library(request):
-    best = load()
-    if best is None:
-        pytest.skip("the kernels are not built here")
-    if request.param not in INSTRUCTION_SETS[: best.isa + 1]:
-        pytest.skip(f"this processor has no {request.param}")
-    return load(request.param)
+    return emulation.library(request.param)
 
 
 @pytest.fixture
@@ -108,11 +104,7 @@ def test_a_rows_bits_are_its_own(library, pack, shape):
 
 @pytest.fixture(params=INSTRUCTION_SETS)
 def bytes_library(request):
-    try:
-        library = load(request.param, "int8")
-    except ValueError as error:
-        pytest.skip(str(error))
-    return library or pytest.skip("the kernels are not built here")
+    return emulation.library(request.param, "int8")
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (33, 128), (160, 512)])
@@ -147,13 +139,13 @@ def test_bytes_keep_rows_apart_and_hide_nothing(bytes_library):
     assert torch.equal(operations.linear(bytes_library, x[5:12], packed, None), together[5:12])
 
 
-def test_every_wide_path_sums_alike():
-    """AVX2 and AVX-512 round alike and sum in one order: equal bits wherever both can run."""
-    best = load()
-    if best is None or best.instruction_set != "avx512":
-        pytest.skip("needs AVX-512")
-    x = torch.randn(13, 256)
-    found = [operations.linear(each, x, nf4(each, (96, 256))[0], None) for each in (load("avx2"), best)]
+@pytest.mark.parametrize("math", ["fp32", "int8"])
+@pytest.mark.parametrize("rows", [1, 13])
+def test_every_wide_path_sums_alike(math, rows):
+    """AVX2 and AVX-512 round alike and sum in one order: equal bits."""
+    x = torch.randn(rows, 256)
+    libraries = [emulation.library(name, math) for name in ("avx2", "avx512")]
+    found = [operations.linear(each, x, nf4(each, (96, 256))[0], None) for each in libraries]
     assert torch.equal(*found)
 
 

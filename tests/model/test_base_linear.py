@@ -81,6 +81,29 @@ def test_four_bit_refuses_weights_that_are_not_quantized_yet():
         FourBitWeight.of(Linear4bit(64, 64, quant_type="nf4"))
 
 
+def same_bits_in_any_company(product, x):
+    """Whether each of the first rows is the same bits among 1, 2, ... as among all."""
+    whole = product(x)
+    return all(torch.equal(product(x[:count]), whole[:count]) for count in (1, 2, 3, 8, 16, 17))
+
+
+@torch.no_grad()
+def test_bitsandbytes_own_product_could_not_stand_in_for_few_rows():
+    """Why plain PyTorch dequantizes for one row as for many.
+
+    Where bitsandbytes has a kernel for few rows (AVX-512 BF16) it rounds to bfloat16; elsewhere it dequantizes too,
+    and a row's bits depend on how many rows there are.
+    """
+    held = Linear4bit(256, 128, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    held.load_state_dict(nn.Linear(256, 128, bias=False).state_dict())
+    held = held.to("cpu").eval()
+    base, x = FourBitLinear.of([held], torch.float32), torch.randn(20, 256)
+    exact = x.double() @ base.weights[0].dequantize(torch.float32).double().T
+    assert torch.allclose(base(x).double(), exact, atol=1e-5)
+    assert same_bits_in_any_company(base, x)
+    assert not (same_bits_in_any_company(held, x) and torch.allclose(held(x).double(), exact, atol=1e-5))
+
+
 @pytest.mark.parametrize("biases", BIASES)
 def test_int8(biases):
     linears = members(Linear8bitLt, biases, has_fp16_weights=False, threshold=0.0)

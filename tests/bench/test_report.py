@@ -1,0 +1,68 @@
+"""docs/performance.md holds the newest complete runs, and what was not measured is said in words."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+report = pytest.importorskip("tests.bench.report", reason="matplotlib is not here: the bench extra has it")
+
+PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
+RUN = {"commit": "abc", "machine": "cpu x2", "command": "make bench-cpu", "seed": 0}
+QUALITY = {
+    "tokens": 9,
+    "perplexity_fp32": 2.0,
+    "perplexity_int8": 2.01,
+    "agreement": 0.99,
+    "logit_error": 0.0123,
+}
+
+
+@pytest.fixture
+def keep(tmp_path, monkeypatch):
+    """Keeps lines as a run's."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+
+    def keep(file, run, *lines):
+        with (tmp_path / f"{file}.jsonl").open("a") as kept:
+            kept.writelines(json.dumps({**RUN, "run": run, **line}) + "\n" for line in lines)
+
+    return keep
+
+
+def figure(value, why=None):
+    status = "unmeasured" if value is None else "ok"
+    return {"name": "f", "value": value, "bound": 1.3, "status": status, "why": why}
+
+
+def test_the_newest_run_that_came_to_its_end(keep, tmp_path):
+    timed = {"name": "decode", "case": ["fp32", 16], "seconds": 0.1}
+    keep("cpu", "one", timed, figure(5.5))
+    keep("cpu", "two", timed | {"seconds": 0.2}, figure(6.5), figure(None, "this CPU has no VNNI"))
+    keep("cpu", "cut", timed | {"seconds": 0.4})
+    page = report.rewritten(PAGE.read_text())
+    assert "two, seed 0" in page
+    assert "| fp32 | 80.0 |" in page
+    assert "| `f` | 6.5 | 1.3 | ok |" in page
+    assert "| `f` | | 1.3 | unmeasured: this CPU has no VNNI |" in page
+    assert (tmp_path / "performance-cpu.svg").exists()
+
+
+def test_what_int8_costs(keep):
+    keep(
+        "int8",
+        "one",
+        {"name": "demo", "model": "legal"} | QUALITY,
+        {"name": "random", "model": "adapter"} | QUALITY,
+    )
+    page = report.rewritten(PAGE.read_text())
+    assert "| demo, legal | 9 | 2.0000 | 2.0100 | 99.00% | 1.23% |" in page
+    assert "| 1.1 billion random weights, adapter | 9 |  |  | 99.00% | 1.23% |" in page
+
+
+def test_what_was_never_run_says_so_and_the_rest_of_the_page_stays(keep):
+    page = report.rewritten(PAGE.read_text())
+    assert page.count("Not run yet.") == 2
+    assert page.partition("<!-- cpu")[0] == PAGE.read_text().partition("<!-- cpu")[0]
+    assert report.rewritten(page) == page
