@@ -35,7 +35,9 @@ def narrow(value: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def look_up(packed: tl.tensor, code: tl.tensor, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr) -> tl.tensor:
+def look_up(
+    packed: tl.tensor, code: tl.tensor, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr
+) -> tl.tensor:
     """Bytes to the values of their high and of their low nibbles, in the dtype that `code` [16] points at.
 
     ASSEMBLY is a text of `kernels/lookup.py` for that dtype, or None: then the table is gathered from, which is
