@@ -24,7 +24,10 @@ RECORD = tl.constexpr(plans.DELTA_RECORD)
 JOB = tl.constexpr(5)  # where a record's job begins
 
 _CHUNK = 1024  # of the inputs: sums are made in chunks at fixed places, so that no bit shows how they were shared out
-_STEPS = {16: (256, 4), 64: (128, 3)}  # rows of a tile: inputs that one turn of shrink's loop reads, turns in flight
+_STEPS = {
+    16: (256, 4),
+    64: (128, 3),
+}  # rows of a tile: inputs that one turn of shrink's loop reads, turns in flight
 
 
 @triton.jit

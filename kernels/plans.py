@@ -32,9 +32,9 @@ class DeltaPlan:
     """Tiles for shrink and jobs for expand.
 
     A tile is one page and up to `tile_rows` rows of a segment that holds it as its page number `place`: columns
-    `place * 16` and on of v. Tiles of one page lie side by side, so that it comes from memory once, whoever shares it. A
-    job is one page of a segment and all of its rows; jobs are in row order, and for each granule of 16 rows the buffer
-    says which are its own. A row without an adapter is in no tile and in no job.
+    `place * 16` and on of v. Tiles of one page lie side by side, so that it comes from memory once, whoever shares
+    it. A job is one page of a segment and all of its rows; jobs are in row order, and for each granule of 16 rows the
+    buffer says which are its own. A row without an adapter is in no tile and in no job.
 
     `[head | first job of each granule | end of its jobs | records of one tile and one job each]`
     """
