@@ -2,8 +2,6 @@
 
 import importlib.util
 
-import pytest
-
 collect_ignore_glob: list[str] = []
 
 
