@@ -54,6 +54,6 @@ def look_up(
         low = tl.gather(values, flat & 15, 0).reshape(packed.shape)
     else:
         high, low = tl.inline_asm_elementwise(
-            ASSEMBLY, CONSTRAINTS, [packed], dtype=(DTYPE, DTYPE), is_pure=True, pack=4
+            ASSEMBLY, CONSTRAINTS, [packed], dtype=(DTYPE.value, DTYPE.value), is_pure=True, pack=4
         )
     return high, low
