@@ -44,12 +44,12 @@ class Tile:
 _TILES: dict[int, dict[int, Tile]] = {
     9: {  # Hopper: wgmma from 64 rows on
         16: Tile(16, 128, 2, 4, 4, "split"),
-        32: Tile(32, 128, 1, 4, 4, "split"),
+        32: Tile(32, 128, 2, 4, 3, "split"),
         64: Tile(64, 128, 1, 4, 4, "join"),
     },
     8: {  # Ampere, Ada: mma.sync whatever the rows
         16: Tile(16, 128, 2, 4, 4, "split"),
-        32: Tile(32, 128, 1, 4, 4, "split"),
+        32: Tile(32, 128, 2, 4, 3, "split"),
         64: Tile(64, 128, 1, 4, 3, "split"),
     },
 }
@@ -58,8 +58,11 @@ BUCKETS = tuple(_TILES[9])
 # Streaming multiprocessors. Source: NVIDIA's data sheets of A100, A10, L40S, H100 SXM and H200.
 _PROCESSORS = {(8, 0): 108, (8, 6): 72, (8, 9): 142, (9, 0): 132}
 _MOST_SPLITS = 16
-_LEAST_TURNS = 4  # of the loop in a split: fewer than there are stages would only fill the pipeline
-_PLENTY = 2  # programs per processor that keep enough bytes in flight, at 24 KB each
+_LEAST_TURNS = 2  # of the loop in a split: its loads are then all under way before the first product
+_PLENTY = 1.9  # programs per processor that keep enough bytes in flight: 23 KB for 4.3 TB/s at 700 ns
+_WEIGHT_BYTES = 0.5625  # a code and its share of an absmax
+_ROW_BYTES = 0.0215  # bytes that come from memory in the time of one row's product with one weight: 4.3 TB/s, 400 TFLOP/s
+_SUM_BYTES = 4  # a float32 written and read, by an L2 twice as fast as memory
 
 
 def bucket(rows: int) -> int:
@@ -71,22 +74,27 @@ def bucket(rows: int) -> int:
 def tile_for(out: int, width: int, rows: int, capability: tuple[int, int]) -> Tile:
     """The tile of an `out x width` weight for so many rows on a chip of that compute capability."""
     tile = _TILES[8 if capability[0] < 9 else 9][bucket(rows)]
-    blocks = width // BLOCK
-    while blocks % tile.blocks:
+    while width // BLOCK % tile.blocks:
         tile = replace(tile, blocks=tile.blocks // 2)
-    programs = -(-out // tile.columns) * -(-rows // tile.rows)
-    turns = blocks // tile.blocks
-    return replace(tile, splits=_splits(programs, turns, _PROCESSORS.get(capability, 108)))
+    return replace(tile, splits=_splits(tile, out, width, rows, _PROCESSORS.get(capability, 108)))
 
 
-def _splits(programs: int, turns: int, processors: int) -> int:
-    """The power of two that leaves the fewest processors waiting for the busiest, the smallest on a tie."""
+def _splits(tile: Tile, out: int, width: int, rows: int, processors: int) -> int:
+    """The power of two that keeps every processor loading, then that which costs least.
+
+    The cost is the busiest processor's share against the mean, times what the split sums add to the work.
+    """
+    turns = width // BLOCK // tile.blocks
     possible = [1]
     while possible[-1] < _MOST_SPLITS and turns // (2 * possible[-1]) >= _LEAST_TURNS:
         possible.append(2 * possible[-1])
+    tall = -(-rows // tile.rows)
+    work = width * max(_WEIGHT_BYTES, _ROW_BYTES * tall * tile.rows)  # of a column
 
-    def waste(splits: int) -> tuple[bool, float]:
-        share = programs * splits / processors
-        return share < _PLENTY, round(-(-programs * splits // processors) / share, 1)
+    def cost(splits: int) -> tuple[float, float]:
+        programs = -(-out // tile.columns) * tall * splits
+        uneven = -(-programs // processors) / (programs / processors)
+        sums = _SUM_BYTES * splits * tall * tile.rows if splits > 1 else 0
+        return max(0.0, _PLENTY - programs / processors), uneven * (1 + sums / work)
 
-    return min(possible, key=waste)
+    return min(possible, key=cost)

@@ -2,6 +2,9 @@
 
 import importlib.util
 
+import pytest
+import torch
+
 collect_ignore_glob: list[str] = []
 
 
@@ -15,3 +18,12 @@ def _interpreting() -> bool:
 
 if not _interpreting():
     collect_ignore_glob.append("test_*.py")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan():
+    """A kernel that reads what nobody wrote cannot pass: torch fills memory while deterministic algorithms are on."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
