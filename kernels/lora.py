@@ -24,7 +24,10 @@ RECORD = tl.constexpr(plans.DELTA_RECORD)
 JOB = tl.constexpr(5)  # where a record's job begins
 
 _CHUNK = 1024  # of the inputs: sums are made in chunks at fixed places, so that no bit shows how they were shared out
-_STEP = 128  # inputs that one turn of shrink's loop reads
+_STEPS = {
+    16: (256, 4),
+    64: (128, 3),
+}  # rows of a tile: inputs that one turn of shrink's loop reads, turns in flight
 
 
 @triton.jit
@@ -57,7 +60,7 @@ def _shrink_kernel(
     page = tl.load(at).to(tl.int64)
     row = tl.load(at + 1)
     end = tl.load(at + 2)
-    column = tl.load(at + 3)
+    column = tl.load(at + 3) * PAGE_RANK
     weight = tl.load(at + 4).to(tl.float32, bitcast=True)
     row = row + tl.arange(0, HEIGHT)
     rank = tl.arange(0, PAGE_RANK)
@@ -112,7 +115,7 @@ def _sum_chunk(
         else:
             values = tl.load(here, mask=mine[:, None] & (at < inside)[None, :], other=0.0)
             factors = tl.load(there, mask=(at < inside)[:, None], other=0.0)
-        part = portable.dot(values.to(factors.dtype), factors, part)
+        part = portable.dot(values, factors, part)
     return part
 
 
@@ -140,6 +143,7 @@ def shrink(
     v = x.new_empty(plan.rows, members, plan.hidden)
     chunks = -(-inside // _CHUNK)
     split = chunks > 1 and plan.rows <= plans.FEW_ROWS
+    step, stages = _STEPS[plan.tile_rows]
     _shrink_kernel[(plan.tiles, members, chunks if split else 1)](
         x,
         a,
@@ -154,12 +158,12 @@ def shrink(
         HIDDEN=plan.hidden,
         MEMBERS=members,
         HEIGHT=plan.tile_rows,
-        STEP=_STEP,
+        STEP=step,
         CHUNK=_CHUNK,
         CHUNKS=chunks,
         SPLIT=split,
-        EVEN=inside % _STEP == 0,
-        STAGES=3,
+        EVEN=inside % step == 0,
+        STAGES=stages,
         num_warps=4,
     )
     return v
@@ -218,7 +222,7 @@ def add_jobs(
             page = tl.load(at).to(tl.int64)
             start = tl.load(at + 1)
             end = tl.load(at + 2)
-            hidden = tl.load(at + 3)
+            hidden = tl.load(at + 3) * PAGE_RANK
             mine = (row >= start) & (row < end)
             here = v + (row[:, None] * MEMBERS + member) * HIDDEN + hidden + rank[None, :]
             there = b + (page * PAGE_RANK + rank[:, None]) * total + column[None, :]

@@ -23,7 +23,7 @@ FEW_ROWS = 256  # up to here tiles are low: bytes bound a step, and most segment
 _Ints = NDArray[np.int32]
 
 DELTA_HEAD = 1  # tiles in use
-_TILE, _JOB = 5, 4  # int32 of a tile (page, row, end, column, weight) and of a job (page, start, end, column)
+_TILE, _JOB = 5, 4  # int32 of a tile (page, row, end, place, weight) and of a job (page, start, end, place)
 DELTA_RECORD = _TILE + _JOB
 
 
@@ -31,10 +31,10 @@ DELTA_RECORD = _TILE + _JOB
 class DeltaPlan:
     """Tiles for shrink and jobs for expand.
 
-    A tile is one page and up to `tile_rows` rows of a segment that holds it, at column `column` of v. Tiles of one page
-    lie side by side, so that it comes from memory once, whoever shares it. A job is one page of a segment and all of
-    its rows; jobs are in row order, and for each granule of 16 rows the buffer says which are its own. A row without
-    an adapter is in no tile and in no job.
+    A tile is one page and up to `tile_rows` rows of a segment that holds it as its page number `place`: columns
+    `place * 16` and on of v. Tiles of one page lie side by side, so that it comes from memory once, whoever shares
+    it. A job is one page of a segment and all of its rows; jobs are in row order, and for each granule of 16 rows the
+    buffer says which are its own. A row without an adapter is in no tile and in no job.
 
     `[head | first job of each granule | end of its jobs | records of one tile and one job each]`
     """
@@ -106,18 +106,18 @@ def _jobs(segments: Sequence[Segment]) -> tuple[_Ints, _Ints]:  # [jobs, 4], the
     start, end, first, count = flat.table.T
     assert np.all(end[:-1] <= start[1:]), "segments out of order"
     job = np.repeat(np.arange(len(flat.table)), count)
-    column = (np.arange(len(flat.pages), dtype=np.int32) - first[job]) * PAGE_RANK
-    return np.stack((flat.pages, start[job], end[job], column), axis=1), flat.weights.view(np.int32)
+    place = np.arange(len(flat.pages), dtype=np.int32) - first[job]
+    return np.stack((flat.pages, start[job], end[job], place), axis=1), flat.weights.view(np.int32)
 
 
 def _tiles(jobs: _Ints, weights: _Ints, height: int) -> _Ints:  # [tiles, 5]
     order = np.argsort(jobs[:, 0], kind="stable")
-    page, start, end, column = jobs[order].T
+    page, start, end, place = jobs[order].T
     each = -(-(end - start) // height)
     job = np.repeat(np.arange(len(jobs)), each)
     row = start[job] + (np.arange(len(job)) - np.repeat(np.cumsum(each) - each, each)) * height
     ends = np.minimum(row + height, end[job])
-    return np.stack((page[job], row, ends, column[job], weights[order][job]), axis=1).astype(np.int32)
+    return np.stack((page[job], row, ends, place[job], weights[order][job]), axis=1).astype(np.int32)
 
 
 ATTENTION_HEAD = 1  # tiles in use
