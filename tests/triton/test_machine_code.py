@@ -101,7 +101,7 @@ def test_weights_are_read_ahead_and_looked_up_by_shuffles(compiled, capability, 
 
 @pytest.mark.parametrize(("capability", "rows"), TILES)
 def test_a_job_costs_little(compiled, capability, rows):
-    tile, machine = tile_of(capability, rows), compiled.machines[f"linear {capability} {rows}"]
+    machine = compiled.machines[f"linear {capability} {rows}"]
     shuffling = [loop for loop in machine.loops if "SHFL" in loop]
     jobs = [loop for loop in machine.loops if {"HMMA", "HGMMA"} & loop.keys() and "SHFL" not in loop]
     assert len(shuffling) == 1
