@@ -36,25 +36,24 @@ def narrow(value: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def look_up(
-    packed: tl.tensor, code: tl.tensor, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr
+    packed: tl.tensor,
+    code: tl.tensor,
+    DTYPE: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    CONSTRAINTS: tl.constexpr,
 ) -> tl.tensor:
-    """Bytes to the values of their high and of their low nibbles, in the dtype that `code` [16] points at.
+    """Bytes to the values of their high and of their low nibbles, as DTYPE.
 
-    ASSEMBLY is a text of `kernels/lookup.py` for that dtype, or None: then the table is gathered from, which is
-    what the interpreter does always.
+    ASSEMBLY is a text of `kernels/lookup.py` for that dtype, or None: then `code` [16] float32 is gathered from,
+    which is what the interpreter does always.
     """
     if _INTERPRETED or ASSEMBLY is None:
-        table = tl.load(code + tl.arange(0, 16))
+        values = narrow(tl.load(code + tl.arange(0, 16)), DTYPE)
         flat = packed.reshape(packed.numel).to(tl.int32)
-        high = tl.gather(table, flat >> 4, 0).reshape(packed.shape)
-        low = tl.gather(table, flat & 15, 0).reshape(packed.shape)
+        high = tl.gather(values, flat >> 4, 0).reshape(packed.shape)
+        low = tl.gather(values, flat & 15, 0).reshape(packed.shape)
     else:
         high, low = tl.inline_asm_elementwise(
-            ASSEMBLY,
-            CONSTRAINTS,
-            [packed],
-            dtype=(code.dtype.element_ty, code.dtype.element_ty),
-            is_pure=True,
-            pack=4,
+            ASSEMBLY, CONSTRAINTS, [packed], dtype=(DTYPE.value, DTYPE.value), is_pure=True, pack=4
         )
     return high, low
