@@ -13,7 +13,6 @@ Source: Dao et al. 2022 for the running softmax, Dao et al. 2023 (Flash-Decoding
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,13 +23,14 @@ from kernels.workspace import Workspace
 
 HEAD = tl.constexpr(plans.ATTENTION_HEAD)
 RECORD = tl.constexpr(plans.ATTENTION_RECORD)
-_FAR_BELOW = tl.constexpr(
-    -1e30
-)  # a maximum to start from: finite, so that a tile of hidden keys adds exact zeros
+# a maximum to start from: finite, so that a tile of hidden keys adds exact zeros
+_FAR_BELOW = tl.constexpr(-1e30)
 
 _FILL = 512  # programs that keep a large GPU busy: where there are fewer tiles, keys are shared out
 _MOST_SPLITS = 64
 _LEAST_PART = tl.constexpr(128)  # keys that are worth a program
+# by width of a head, up to: keys of one turn of the loop, warps, turns in flight; so that no kernel spills
+_TURNS = {64: (128, 4, 3), 128: (64, 4, 3), 256: (32, 8, 2), 512: (32, 8, 2)}
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _attention_kernel(
     HEIGHT: tl.constexpr,  # rows of a tile, at least QUERIES * HEADS
     K_WIDTH: tl.constexpr,
     V_WIDTH: tl.constexpr,
-    K_ROOM: tl.constexpr,  # the next powers of two
+    K_ROOM: tl.constexpr,  # powers of two
     V_ROOM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr,  # of one turn of the loop
@@ -240,7 +240,6 @@ def attention(
     q: Tensor,  # [rows, query heads, k width], a head's numbers side by side
     k_cache: Tensor,  # [positions, kv heads, k width]
     v_cache: Tensor,  # [positions, kv heads, v width]
-    block_size: int,
     plan: AttentionPlan,
     workspace: Workspace,
     *,
@@ -261,9 +260,7 @@ def attention(
     group = heads // kv_heads
     tile_heads = min(group, plans.TILE_HEIGHT)
     assert rows <= plan.rows
-    assert plan.queries * tile_heads <= plans.TILE_HEIGHT, (
-        "the plan's tiles hold too many queries for such groups"
-    )
+    assert plan.queries * tile_heads <= plans.TILE_HEIGHT, "the plan's tiles are too high for such groups"
     assert q.dtype is k_cache.dtype is v_cache.dtype
     assert q.stride(2) == 1
     assert k_cache.is_contiguous()
@@ -271,6 +268,8 @@ def attention(
     out = q.new_empty(rows, heads, v_width)
     programs = kv_heads * -(-group // tile_heads)
     splits = _splits(plan.tiles * programs)
+    k_room, v_room = (max(16, triton.next_power_of_2(width)) for width in (k_width, v_width))
+    keys, warps, stages = _TURNS[max(64, k_room, v_room) if q.dtype.itemsize == 2 else 256]
     lines = (plan.lines if fixed else plan.tiles * splits * plan.queries) * programs * tile_heads
     _attention_kernel[(plan.tiles, programs, splits)](
         out,
@@ -292,16 +291,16 @@ def attention(
         HEIGHT=plans.TILE_HEIGHT if fixed or plan.queries * tile_heads > 16 else 16,
         K_WIDTH=k_width,
         V_WIDTH=v_width,
-        K_ROOM=triton.next_power_of_2(k_width),
-        V_ROOM=triton.next_power_of_2(v_width),
-        BLOCK_SIZE=block_size,
-        KEYS=64 if max(k_width, v_width) <= 128 and q.dtype is not torch.float32 else 32,
+        K_ROOM=k_room,
+        V_ROOM=v_room,
+        BLOCK_SIZE=plan.block_size,
+        KEYS=keys,
         PART=plans.PART_KEYS if fixed else 0,
         SPLITS=splits,
         WINDOW=window or 0,
         CAPPED=softcap is not None,
-        STAGES=3,
-        num_warps=4,
+        STAGES=stages,
+        num_warps=warps,
         enable_fp_fusion=not fixed,
     )
     return out
@@ -309,4 +308,4 @@ def attention(
 
 def _splits(programs: int) -> int:
     """Among how many the parts of a tile are shared: a power of two, so that few kernels are compiled."""
-    return min(_MOST_SPLITS, triton.next_power_of_2(max(1, _FILL // programs)))
+    return int(min(_MOST_SPLITS, triton.next_power_of_2(max(1, _FILL // programs))))

@@ -141,6 +141,7 @@ class AttentionPlan:
     tiles: int  # that a launch makes room for
     lines: int  # of all tiles together
     queries: int  # of a tile, at most
+    block_size: int  # positions of a block
 
     @staticmethod
     def sizes(rows: int, most_blocks: int) -> int:
@@ -187,9 +188,10 @@ class AttentionPlan:
         buffer: Tensor,  # [sizes(rows, most_blocks)] int32
         rows: int,
         queries: int,
+        block_size: int,
         *,
         tiles: int,
         lines: int,
     ) -> AttentionPlan:
         """The plan in a device buffer; `tiles` and `lines` as `fill` gave them, or the bucket's most in a graph."""
-        return cls(buffer, rows, tiles, lines, queries)
+        return cls(buffer, rows, tiles, lines, queries, block_size)
