@@ -269,7 +269,7 @@ def attention(
     programs = kv_heads * -(-group // tile_heads)
     splits = _splits(plan.tiles * programs)
     k_room, v_room = (max(16, triton.next_power_of_2(width)) for width in (k_width, v_width))
-    keys, warps, stages = _TURNS[max(64, k_room, v_room) if q.dtype.itemsize == 2 else 256]
+    keys, warps, stages = turns(k_room, v_room, q.dtype.itemsize)
     lines = (plan.lines if fixed else plan.tiles * splits * plan.queries) * programs * tile_heads
     _attention_kernel[(plan.tiles, programs, splits)](
         out,
@@ -304,6 +304,11 @@ def attention(
         enable_fp_fusion=not fixed,
     )
     return out
+
+
+def turns(k_room: int, v_room: int, itemsize: int) -> tuple[int, int, int]:
+    """Keys of one turn of the loop, warps and turns in flight, for heads of so many numbers of so many bytes."""
+    return _TURNS[max(64, k_room, v_room) if itemsize == 2 else 256]
 
 
 def _splits(programs: int) -> int:
