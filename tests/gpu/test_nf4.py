@@ -36,7 +36,7 @@ def _look_up_kernel(
 
 
 @pytest.mark.parametrize("half", ["bfloat16", "float16"])
-@pytest.mark.parametrize("lookup", ["shuffle", "permute", None])
+@pytest.mark.parametrize("lookup", ["shuffle", "permute", "mixed", None])
 def test_every_byte_in_every_place(lookup, half):
     dtype = getattr(torch, half)
     everything = torch.arange(1024, device="cuda")
