@@ -19,7 +19,7 @@ from kernels.lora import ExpandJobs, add_jobs
 from kernels.nf4_decode import NF4Weight as NF4Weight
 from kernels.nf4_decode import dequantize_into
 from kernels.portable import dot, look_up, narrow
-from kernels.tiles import CROSSOVER_ROWS, FIXED_ROWS, Tile, tile_for
+from kernels.tiles import BUCKETS, CROSSOVER_ROWS, FIXED_ROWS, Tile, tile_for
 from kernels.workspace import Workspace
 
 _HALVES: dict[torch.dtype, Half] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -44,7 +44,8 @@ def linear(
     """`y = x @ W.T + bias`, and with jobs `y[t, member m's columns] += v[t, m] @ b[pages]`: all rounded once.
 
     The same rows give the same bits, always. `fixed`: tiles and splits depend on the weight's shape alone, so that a
-    row has the same bits among any others. Without it a weight is dequantized first where rows are many.
+    row has the same bits among any others. Without it a weight is dequantized first where rows are many. float32 is
+    multiplied exactly and slowly, without tensor cores, in the lowest tiles: higher ones would spill.
     """
     assert x.is_contiguous()
     assert x.shape[1] == weight.shape[1]
@@ -56,7 +57,8 @@ def linear(
     y = x.new_empty(rows, out)
     for first in range(0, rows, CROSSOVER_ROWS):  # which bounds the planes of a launch
         end = min(first + CROSSOVER_ROWS, rows)
-        tile = tile_for(out, width, FIXED_ROWS if fixed else end - first, _capability(x.device))
+        tall = BUCKETS[0] if x.dtype is torch.float32 else FIXED_ROWS if fixed else end - first
+        tile = tile_for(out, width, tall, _capability(x.device))
         lanes = 1 if fixed else tile.splits
         launch(y, x, weight, bias, workspace, tile, (first, end), lanes=lanes, jobs=jobs, v=v, b=b)
     return y
