@@ -14,8 +14,8 @@ from tests.triton.machine_code import Machine, Request, machine_code
 CHIPS = [80, 90]
 HEIGHTS = [16, 64]
 SMALLEST_SHARED = 99 * 1024  # bytes a program may have on the Ampere and Ada chips that have the least
-# rows of a tile, programs that share its keys, keys of a part at a fixed place
-DECODE, PROMPT, FIXED = (16, 8, 0), (32, 1, 0), (32, 8, 256)
+# rows of a tile, whether programs share its keys, keys of a part at a fixed place
+DECODE, PROMPT, FIXED = (16, True, 0), (32, False, 0), (32, True, 256)
 ATTENTIONS = [
     (128, DECODE, 80), (128, PROMPT, 80), (256, DECODE, 80),
     (64, DECODE, 90), (128, DECODE, 90), (128, PROMPT, 90), (128, FIXED, 90), (256, PROMPT, 90),
@@ -32,28 +32,30 @@ def shrink(height: int, capability: int) -> Request:
         "plan": "*i32",
         "planes": "*fp32",
     }
-    arguments |= {"counters": "*i32", "rows": "i32", "inside": "i32:16"}
-    constants = {"GRANULES": 2, "HIDDEN": 64, "MEMBERS": 3, "HEIGHT": height, "STEP": step, "CHUNK": 1024}
+    arguments |= {"counters": "*i32", "rows": "i32", "granules": "i32"}
+    arguments |= {"inside": "i32:16", "v_width": "i32:16"}
+    constants = {"MEMBERS": 3, "HEIGHT": height, "STEP": step, "CHUNK": 1024}
     constants |= {"CHUNKS": 4, "SPLIT": height == 16, "EVEN": True, "STAGES": stages}
     return Request("kernels.lora:_shrink_kernel", arguments, constants, 4, stages, capability)
 
 
 def expand(height: int, capability: int) -> Request:
     arguments = {"y": "*bf16", "v": "*bf16", "b": "*bf16", "plan": "*i32"}
-    constants = {"GRANULES": 128, "HIDDEN": 64, "STARTS": [0, 4096, 5120, 6144], "HEIGHT": height}
+    arguments |= {"granules": "i32", "v_width": "i32:16"}
+    constants = {"STARTS": [0, 4096, 5120, 6144], "HEIGHT": height}
     constants |= {"WIDTH": 128, "PURE": True}
     return Request("kernels.lora:_expand_kernel", arguments, constants, 4, 3, capability)
 
 
-def attention(width: int, tile: tuple[int, int, int], capability: int) -> Request:
-    height, splits, part = tile
+def attention(width: int, tile: tuple[int, bool, int], capability: int) -> Request:
+    height, shared, part = tile
     keys, warps, stages = turns(width, width, 2)
     arguments = dict.fromkeys(("out", "q", "k_cache", "v_cache"), "*bf16")
     arguments |= {"plan": "*i32", "planes": "*fp32", "counters": "*i32", "scale": "fp32", "softcap": "fp32"}
-    arguments |= {"q_row": "i32:16", "q_head": "i32:16"}
-    constants = {"sinks": None, "ROWS": 32, "KV_HEADS": 8, "GROUP": 4, "HEADS": 4, "HEIGHT": height}
+    arguments |= {"q_row": "i32:16", "q_head": "i32:16", "rows": "i32"}
+    constants = {"sinks": None, "KV_HEADS": 8, "GROUP": 4, "HEADS": 4, "HEIGHT": height}
     constants |= {"QUERIES": 1 if height == 16 else 8, "K_WIDTH": width, "V_WIDTH": width, "K_ROOM": width}
-    constants |= {"V_ROOM": width, "BLOCK_SIZE": 16, "KEYS": keys, "PART": part, "SPLITS": splits}
+    constants |= {"V_ROOM": width, "BLOCK_SIZE": 16, "KEYS": keys, "PART": part, "SHARED": shared}
     constants |= {"WINDOW": 0, "CAPPED": False, "STAGES": stages}
     return Request("kernels.attention:_attention_kernel", arguments, constants, warps, stages, capability)
 
