@@ -26,6 +26,9 @@ JOB = tl.constexpr(5)  # where a record's job begins
 _CHUNK = 1024  # of the inputs: sums are made in chunks at fixed places, so that no bit shows how they were shared out
 # by rows of a tile: inputs that one turn of shrink's loop reads, and turns in flight
 _STEPS = {16: (256, 4), 64: (128, 3)}
+_EXPAND_STAGES = (
+    5  # of which half pass while a job's numbers are fetched: its page is then read two turns ahead
+)
 
 
 # what varies from step to step is no constant: one compiled kernel serves all buckets
@@ -243,6 +246,7 @@ def _expand_kernel(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     PURE: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     first_row = tl.program_id(1) * HEIGHT
     first_column = tl.program_id(0) * WIDTH
@@ -254,7 +258,7 @@ def _expand_kernel(
         return
     acc = tl.zeros((HEIGHT, WIDTH), tl.float32)
     acc = add_jobs(
-        acc, v, b, plan, first_row, first_column, 0, 1, granules, v_width, STARTS, HEIGHT, WIDTH, PURE
+        acc, v, b, plan, first_row, first_column, 0, 1, granules, v_width, STARTS, HEIGHT, WIDTH, PURE, STAGES
     )
     row = first_row + tl.arange(0, HEIGHT)
     adapted = row < 0
@@ -302,6 +306,7 @@ def expand(
         HEIGHT=height,
         WIDTH=width,
         PURE=jobs.pure(width),
+        STAGES=_EXPAND_STAGES,
         num_warps=4,
     )
 

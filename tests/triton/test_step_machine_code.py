@@ -43,7 +43,7 @@ def expand(height: int, capability: int) -> Request:
     arguments = {"y": "*bf16", "v": "*bf16", "b": "*bf16", "plan": "*i32"}
     arguments |= {"granules": "i32", "v_width": "i32:16"}
     constants = {"STARTS": [0, 4096, 5120, 6144], "HEIGHT": height}
-    constants |= {"WIDTH": 128, "PURE": True}
+    constants |= {"WIDTH": 128, "PURE": True, "STAGES": lora._EXPAND_STAGES}
     return Request("kernels.lora:_expand_kernel", arguments, constants, 4, 3, capability)
 
 
