@@ -9,7 +9,7 @@ SANITIZE = $(COMPILE) -O0 -g -fsanitize=address,undefined -fno-sanitize-recover=
 EMULATION = tests/kernels/emulation
 EMULATE = -mavx2 -mfma -mf16c -include $(EMULATION)/emulate.h
 
-.PHONY: help install native sanitize emulate sanitize-emulated demo test check smoke load bench-cpu gpu-check clean
+.PHONY: help install native sanitize emulate sanitize-emulated demo test interpret check smoke load bench-cpu gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -64,6 +64,15 @@ build/sanitized-emulated/all: $(KERNELS:kernels/cpu/%.c=build/sanitized-emulated
 build/sanitized-emulated/%.o: kernels/cpu/%.c $(wildcard kernels/cpu/*.h) $(EMULATION)/emulate.h
 	@mkdir -p $(@D)
 	$(CC) $(SANITIZE) $(EMULATE) -c $< -o $@
+interpret: $(VENV)/interpret/.installed  ## the GPU kernels under Triton's interpreter, and their machine code; no GPU needed
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/interpret OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/triton
+
+# Beside the environment, not in it: a CPU install has no Triton, and must not need it. 3.6 is what torch 2.11 comes with;
+# its interpreter cannot run loops whose bounds are arguments with numpy 2.4, which the environment has.
+$(VENV)/interpret/.installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --upgrade --no-deps --target $(VENV)/interpret triton==3.6.0 "numpy==2.3.5"
+	@touch $@
+
 
 check: install  ## format, lint, types, layout
 	$(BIN)/ruff format --check .
