@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 CPU_TORCH = torch==2.13.0+cpu
+TESTERS = --numprocesses=2 --dist=loadfile
 KERNELS = $(wildcard kernels/cpu/*.c)
 COMPILE = -std=gnu11 -Wno-psabi -fopenmp -ffp-contract=off -Ikernels/cpu
 SANITIZE = $(COMPILE) -O0 -g -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -33,7 +34,7 @@ demo: install  ## start the server on the bundled demo and drive it through the 
 	@$(BIN)/python -m demo.show
 
 test: install  ## all tests that need no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTERS)
 
 sanitize: build/sanitized/all  ## the C kernels under the address and undefined-behaviour sanitizers
 	build/sanitized/all
@@ -65,7 +66,7 @@ build/sanitized-emulated/%.o: kernels/cpu/%.c $(wildcard kernels/cpu/*.h) $(EMUL
 	@mkdir -p $(@D)
 	$(CC) $(SANITIZE) $(EMULATE) -c $< -o $@
 interpret: $(VENV)/interpret/.installed  ## the GPU kernels under Triton's interpreter, and their machine code; no GPU needed
-	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/interpret OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/triton
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/interpret OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTERS) tests/triton
 
 # Beside the environment, not in it: a CPU install has no Triton, and must not need it. 3.6 is what torch 2.11 comes with;
 # its interpreter cannot run loops whose bounds are arguments with numpy 2.4, which the environment has.
