@@ -34,6 +34,7 @@ from server.engine.engine import Engine
 from server.engine.scheduler import Limits, Residency, Scheduler
 from server.memory_plan import MemoryPlan, plan_memory
 from server.model.kv_cache import KVCache
+from server.model.linear import PackedLinear
 from server.model.load import ModelSource, load_model
 from server.model.runner import Runner
 from server.model.servable import ServableModel, make_servable
@@ -274,12 +275,15 @@ def _model_line(settings: Settings, servable: ServableModel, weights: int) -> st
 
 
 def _kernels(settings: Settings, servable: ServableModel) -> str:
-    """Which kernels run, and the arithmetic of the base's products."""
+    """Which kernels run, and what of the base's products they leave to others."""
     if servable.library is None:
         return "plain PyTorch"
-    if settings.linear_backend == "bitsandbytes":
-        return f"{servable.library.instruction_set}; bitsandbytes multiplies by quantized weights"
-    return f"{servable.library.instruction_set}, {servable.library.math}"
+    said = f"{servable.library.instruction_set}, {servable.library.math}"
+    others = sum(not isinstance(group.base, PackedLinear) for group in servable.groups)
+    if not others:
+        return said
+    who = "bitsandbytes" if settings.linear_backend == "bitsandbytes" else "plain PyTorch"
+    return f"{said}; {others} of {len(servable.groups)} products of the base by {who}"
 
 
 def _names(served: Served) -> str:

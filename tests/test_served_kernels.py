@@ -100,7 +100,17 @@ def test_bitsandbytes_multiplies_in_the_same_engine(serve_demo):
     assert runner.row_tile == 1
     assert any(isinstance(module, CompiledMLP) for module in runner.model.modules())
     assert (
-        f"kernels     {best_instruction_set()}; bitsandbytes multiplies by quantized weights" in serving.plan
+        f"kernels     {best_instruction_set()}, fp32; 24 of 24 products of the base by bitsandbytes"
+        in serving.plan
+    )
+
+
+@needs_a_compiler
+def test_products_that_no_kernel_makes_are_said(serve_demo):
+    serving = serve_demo(quantization="int8")
+    assert (
+        f"kernels     {best_instruction_set()}, fp32; 24 of 24 products of the base by plain PyTorch"
+        in serving.plan
     )
 
 
