@@ -161,11 +161,19 @@ def test_a_buckets_plan_is_the_same_plan():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_rows_make_high_tiles(monkeypatch, dtype):
     monkeypatch.setattr(plans, "FEW_ROWS", 8)
+    monkeypatch.setattr(lora, "_FILL", 1 if dtype is torch.float32 else 512)
     step = make_step(
         "deep", [(1, (5,), (1.0,)), (70, (6, 1), (1.0, 0.5)), (3, (), ()), (2, (0,), (1.0,))], dtype
     )
     assert step.plan().tile_rows == 64
     assert relative_error(step.ours(), step.naive()) <= DTYPES[dtype]
+
+
+def test_few_programs_go_from_tile_to_tile(monkeypatch):
+    step = make_step("deep", "blends")
+    want = step.ours()
+    monkeypatch.setattr(lora, "_MOST_PROGRAMS", 8)
+    assert torch.equal(step.ours(), want)
 
 
 @pytest.mark.parametrize("mix", ["zipf", "blends"])
@@ -176,6 +184,7 @@ def test_fixed_a_rows_bits_are_its_own(monkeypatch, mix, many):
     alone = {row: step.alone(row).ours(fixed=True)[0] for row in range(2, len(step.x), 6)}
     if many:
         monkeypatch.setattr(plans, "FEW_ROWS", 3)
+        monkeypatch.setattr(lora, "_FILL", 1)
     together = step.ours(fixed=True)
     for row, bits in alone.items():
         assert torch.equal(bits, together[row]), f"row {row}"
