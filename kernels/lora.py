@@ -180,7 +180,7 @@ def add_jobs(
     plan: tl.tensor,
     first_row: tl.tensor,  # of the tile, a multiple of 16
     first_column: tl.tensor,
-    lane: tl.tensor,  # this program does jobs lane, lane + LANES, ... of its tile's; a negative one does none
+    lane: tl.tensor,  # this program does jobs lane, lane + LANES, ... of its tile's; one past the last does none
     LANES: tl.constexpr,
     granules: tl.tensor,
     v_width: tl.tensor,
@@ -204,8 +204,6 @@ def add_jobs(
     last_granule = tl.minimum(granule + (HEIGHT - 1) // GRANULE, granules - 1)
     first_job = tl.load(plan + HEAD + granule)
     end_job = tl.load(plan + HEAD + granules + last_granule)
-    if lane < 0:
-        end_job = first_job
     first_member = 0
     last_member = 0
     for i in tl.static_range(1, MEMBERS):
