@@ -10,6 +10,7 @@
  * zero. So its bits are the same in any chunk, beside any neighbour and on any number of threads.
  */
 #include "cpu.h"
+#include "functions.h"
 #include "share.h"
 
 #include <omp.h>

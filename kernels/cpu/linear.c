@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "cpu.h"
+#include "functions.h"
 #include "packed.h"
 #include "share.h"
 
