@@ -1,7 +1,8 @@
 /* Causal attention over the paged cache, and the writing of new keys and values into it.
  *
  * A span is the rows of one sequence, the last of the kv_length positions that its blocks hold. A unit is some of a
- * span's queries in the heads that share one head of keys: no other unit writes its output. It goes over the keys in
+ * span's queries in the heads that share a head of keys, or, where rows are few, several heads of keys, which lie side
+ * by side in memory: no other unit writes its output. It goes over the keys in
  * tiles at fixed multiples of TILE from the text's start and keeps a running maximum, total and weighted sum per row
  * (Dao et al. 2022). A tile is copied side by side first, converted to floats and with zeros where its span ends: so
  * scattered blocks, bfloat16 and odd widths are one path, and a tile is fetched once for all rows.
@@ -10,6 +11,7 @@
  * zero. So its bits are the same in any chunk, beside any neighbour and on any number of threads.
  */
 #include "cpu.h"
+#include "functions.h"
 #include "share.h"
 
 #include <omp.h>
@@ -19,6 +21,7 @@
 #define TILE 64          /* keys that are summed together; a multiple of any vector */
 #define KEYS_TOGETHER 4  /* whose products with a query are made side by side */
 #define UNIT_ROWS 64     /* queries times heads of one unit, unless a single query has more */
+#define HEADS_TOGETHER 8 /* heads of keys of one unit at most */
 #define WIDTH_MULTIPLE 16
 #define FAR_BELOW (-1e30f) /* a running maximum to start from: finite, so that e^(it - anything) is zero */
 
@@ -32,6 +35,7 @@ typedef struct {
     float *out;     /* [rows, heads, v_width] */
     const void *k_cache, *v_cache; /* [positions, kv_heads, k_width or v_width] */
     int64_t q_row_stride, q_head_stride, heads, kv_heads, k_width, v_width, k_padded, v_padded, bf16, block_size;
+    int64_t heads_together; /* at most HEADS_TOGETHER, and so few that every thread has a unit */
     int64_t window; /* 0: none */
     float scale, softcap; /* 0: none */
     const float *sinks;   /* [heads], or NULL */
@@ -50,7 +54,9 @@ typedef struct {
     int64_t *low, *high;
 } Work;
 
-typedef void (*attend_fn)(const Attention *, Work *, const Span *, int64_t head, int64_t first, int64_t last);
+typedef void (*attend_fn)(
+    const Attention *, Work *, const Span *, int64_t head, int64_t heads, int64_t first, int64_t last
+);
 
 /* The keys of a tile from `first` on, as far as the span has any. */
 static Tile tile_at(const Attention *all, const Span *span, int64_t head, int64_t first) {
@@ -88,7 +94,8 @@ static int64_t padded(int64_t width) { return (width + WIDTH_MULTIPLE - 1) / WID
 
 static int64_t work_floats(const Attention *all, int64_t rows) {
     const int64_t per_row = all->k_padded + all->v_padded + TILE + 2, places = 2 * (int64_t)sizeof(int64_t) / 4;
-    return padded(TILE * (all->k_padded + all->v_padded) + rows * (per_row + places));
+    const int64_t tiles = all->heads_together * TILE * (all->k_padded + all->v_padded);
+    return padded(tiles + rows * (per_row + places));
 }
 
 static Work work_at(const Attention *all, float *memory, int64_t rows) {
@@ -97,8 +104,8 @@ static Work work_at(const Attention *all, float *memory, int64_t rows) {
     work.high = work.low + rows;
     work.q = (float *)(work.high + rows);
     work.keys = work.q + rows * all->k_padded;
-    work.values = work.keys + TILE * all->k_padded;
-    work.scores = work.values + TILE * all->v_padded;
+    work.values = work.keys + all->heads_together * TILE * all->k_padded;
+    work.scores = work.values + all->heads_together * TILE * all->v_padded;
     work.summed = work.scores + rows * TILE;
     work.highest = work.summed + rows * all->v_padded;
     work.total = work.highest + rows;
@@ -113,12 +120,16 @@ static int64_t attend_all(
     const int64_t numbers = all->k_width + all->v_width, bytes = numbers * (all->bf16 ? 2 : 4);
     for (const Span *span = spans; span < spans + count; span++) {
         const int64_t queries = span->end - span->start, place = span->kv_length - queries;
-        for (int64_t head = 0; head < all->kv_heads; head++)
+        const int64_t fit = UNIT_ROWS / (least(together, queries) * group);
+        const int64_t wide = most(1, least(fit, all->heads_together));
+        for (int64_t head = 0; head < all->kv_heads; head += wide)
             for (int64_t first = 0; first < queries; first += together) {
                 const int64_t last = least(first + together, queries), until = place + last;
                 const int64_t from = all->window ? most(0, place + first - all->window + 1) : 0;
-                const int64_t cost = (until - from + TILE) * COST(bytes, (numbers + 40) * (last - first) * group);
-                if (takes(&share, cost) && run) run(all, work, span, head, first, last);
+                const int64_t heads = least(wide, all->kv_heads - head);
+                const int64_t of_key = COST(bytes, (numbers + 40) * (last - first) * group) * heads;
+                const int64_t cost = (until - from + TILE) * of_key;
+                if (takes(&share, cost) && run) run(all, work, span, head, heads, first, last);
             }
     }
     return share.passed;
@@ -134,7 +145,8 @@ EXPORT int32_t loraplex_attention(
 ) {
     const Attention all = {
         q, out, k_cache, v_cache, q_row_stride, q_head_stride, heads, kv_heads, k_width, v_width, padded(k_width),
-        padded(v_width), bf16, block_size, window, scale, softcap, sinks,
+        padded(v_width), bf16, block_size, most(1, least(HEADS_TOGETHER, count * kv_heads / threads)), window, scale,
+        softcap, sinks,
     };
     const int64_t rows = most(UNIT_ROWS, heads / kv_heads), each = work_floats(&all, rows);
     Span *read = malloc((size_t)count * sizeof(Span) + 1);

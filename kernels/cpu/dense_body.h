@@ -4,8 +4,10 @@
 
 static TARGET void NAME(f32_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
                                    float *y) {
-    for (int64_t b = 0; b < blocks; b++)
+    for (int64_t b = 0; b < blocks; b++) {
+        ask_ahead(strip + b * F32_BYTES, F32_BYTES);
         NAME(block)(rows, (const float *)x + b * all_rows * BLOCK, (const float *)(strip + b * F32_BYTES), ONES, y);
+    }
 }
 
 static TARGET void NAME(bf16_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
@@ -15,15 +17,18 @@ static TARGET void NAME(bf16_strip)(const void *x, int64_t all_rows, int64_t row
         const uint16_t *halves = (const uint16_t *)(strip + b * BF16_BYTES);
         const float *values = (const float *)x + b * all_rows * BLOCK;
         if (all_rows > 1) {
+            ask_ahead(strip + b * BF16_BYTES, BF16_BYTES);
             for (int i = 0; i < BLOCK * STRIP; i += LANES) vstore(w + i, vload_bf16(halves + i));
             NAME(block)(rows, values, w, ONES, y);
             continue;
         }
         VEC sums[VECTORS]; /* a row alone is multiplied as the weights are read, in the same order */
         for (int v = 0; v < VECTORS; v++) sums[v] = vzero();
-        for (int k = 0; k < BLOCK; k++)
+        for (int k = 0; k < BLOCK; k++) {
+            PREFETCH(halves + k * STRIP, AHEAD);
             for (int v = 0; v < VECTORS; v++)
                 sums[v] = vfma(vload_bf16(halves + k * STRIP + v * LANES), vset1(values[k]), sums[v]);
+        }
         for (int v = 0; v < VECTORS; v++) vstore(y + v * LANES, vadd(sums[v], vload(y + v * LANES)));
     }
 }

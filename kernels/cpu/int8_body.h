@@ -108,6 +108,7 @@ static INT8_TARGET void NAME(int8_strip)(const void *x, int64_t all_rows, int64_
     for (int64_t b = 0; b < blocks; b++) {
         const uint8_t *codes = strip + b * NF4_BYTES;
         const int8_row *values = (const int8_row *)x + b * all_rows;
+        ask_ahead(codes, NF4_BYTES);
         NAME(int8_unpack)(codes, w);
         int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
         for (int64_t first = 0, count; first < rows; first += count, tiles--) {

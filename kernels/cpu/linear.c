@@ -5,7 +5,16 @@
 #include <string.h>
 
 #include "cpu.h"
+#include "functions.h"
 #include "packed.h"
+#include "share.h"
+
+#define AHEAD 4608 /* bytes: weights are asked for this long before they are read, about a memory access's time */
+
+/* Ask for the block that is read AHEAD bytes after this one. Past the last it is asked for in vain, which costs nothing. */
+static inline void ask_ahead(const uint8_t *block, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) PREFETCH(block, AHEAD + at);
+}
 
 static const float ONES[STRIP] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
                                   1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
@@ -59,7 +68,6 @@ static const strip_fn int8_strips[] = ISA_TABLE(int8_strip); /* the wide ones ne
 
 static int64_t strips_of(int64_t n) { return (n + STRIP - 1) / STRIP; }
 static int64_t blocks_of(int64_t k) { return (k + BLOCK - 1) / BLOCK; }
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static void pack_pairs(const uint8_t *from, int64_t r, uint8_t *to) {
     for (int j = 0; j < BLOCK / 2; j++) to[j * STRIP + PLACE(r)] = from[j];

@@ -11,6 +11,7 @@
  * Source: Chen et al. 2023 (Punica) for shrink and expand over segments; Sheng et al. 2023 (S-LoRA) for pages.
  */
 #include "cpu.h"
+#include "functions.h"
 #include "share.h"
 
 #include <omp.h>

@@ -26,6 +26,7 @@ static TARGET void NAME(nf4_row)(const float *x, const uint8_t *strip, int64_t b
         for (int g = 0; g < BLOCK / 8; g++) {
             const __m512i dwords[2] = {_mm512_loadu_si512(codes + g * STRIP * 4),
                                        _mm512_loadu_si512(codes + g * STRIP * 4 + 64)};
+            ask_ahead(codes + g * (NF4_BYTES / 8), NF4_BYTES / 8);
             _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) {
                 const VEC value = vset1(x[b * BLOCK + 8 * g + i]);
                 const int shift = i < 4 ? 8 * i : 8 * (i - 4) + 4;
@@ -43,7 +44,7 @@ static TARGET void NAME(nf4_row)(const float *x, const uint8_t *strip, int64_t b
 /* A float's four bytes are looked up apart, 32 codes at a time, and interleaved: AVX2 permutes no more than 8 floats. */
 typedef struct {
     __m256i byte[4];
-    __m256i up; /* 1 << 16, opaque: a compiler that knows the factor makes it a shift, on a shuffle's port */
+    __m256i up, down; /* factors that shift; opaque: a compiler that knows them makes shifts, on a shuffle's port */
 } byte_tables;
 
 static inline TARGET byte_tables tables_of_values(void) {
@@ -54,8 +55,14 @@ static inline TARGET byte_tables tables_of_values(void) {
         tables.byte[p] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)bytes));
     }
     tables.up = _mm256_set1_epi32(1 << 16);
-    __asm__("" : "+x"(tables.up));
+    tables.down = _mm256_set1_epi16(1 << 12);
+    __asm__("" : "+x"(tables.up), "+x"(tables.down));
     return tables;
+}
+
+/* The high nibble of each byte, by a multiplication. */
+static inline TARGET __m256i high_nibbles(byte_tables tables, __m256i pairs) {
+    return _mm256_and_si256(_mm256_mulhi_epu16(pairs, tables.down), _mm256_set1_epi8(15));
 }
 
 /* w[v] are rows 8v .. 8v + 7. Half of the last step is made of multiplications and blends, which have execution ports of
@@ -77,7 +84,7 @@ static inline TARGET void NAME(unpack)(const uint8_t *codes, float *w) {
     for (int j = 0; j < BLOCK / 2; j++) {
         const __m256i pair = _mm256_loadu_si256((const void *)(codes + j * STRIP));
         __m256 first[4], second[4];
-        floats_of_codes(tables, _mm256_and_si256(_mm256_srli_epi16(pair, 4), low), first);
+        floats_of_codes(tables, high_nibbles(tables, pair), first);
         floats_of_codes(tables, _mm256_and_si256(pair, low), second);
         float *to = w + 2 * j * STRIP;
         for (int v = 0; v < 4; v++) {
@@ -97,8 +104,9 @@ static TARGET void NAME(nf4_row)(const float *x, const uint8_t *strip, int64_t b
         VEC sums[4] = {vzero(), vzero(), vzero(), vzero()}, w[4];
         for (int j = 0; j < BLOCK / 2; j++) {
             const __m256i pair = _mm256_loadu_si256((const void *)(codes + j * STRIP));
+            PREFETCH(codes, AHEAD + j * (NF4_BYTES / (BLOCK / 2)));
             VEC value = vset1(x[b * BLOCK + 2 * j]);
-            floats_of_codes(tables, _mm256_and_si256(_mm256_srli_epi16(pair, 4), low), w);
+            floats_of_codes(tables, high_nibbles(tables, pair), w);
             for (int v = 0; v < 4; v++) sums[v] = vfma(w[v], value, sums[v]);
             value = vset1(x[b * BLOCK + 2 * j + 1]);
             floats_of_codes(tables, _mm256_and_si256(pair, low), w);
@@ -134,6 +142,7 @@ static TARGET void NAME(nf4_strip)(const void *x, int64_t all_rows, int64_t rows
     _Alignas(64) float w[BLOCK * STRIP];
     for (int64_t b = 0; b < blocks; b++) {
         const uint8_t *block = strip + b * NF4_BYTES;
+        ask_ahead(block, NF4_BYTES);
         NAME(unpack)(block, w);
         NAME(block)(rows, (const float *)x + b * all_rows * BLOCK, w, (const float *)(block + NF4_CODES), y);
     }

@@ -269,7 +269,7 @@ def rms_norm(
 
 
 Activation = Literal["silu", "gelu_tanh"]
-_ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh")  # in the order of rows.c's numbers
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh")  # in the order of rows.c's numbers
 
 
 def gate(
@@ -294,7 +294,7 @@ def gate(
         0 if others is None else others.stride(0),
         rows.shape[0],
         width,
-        _ACTIVATIONS.index(activation),
+        ACTIVATIONS.index(activation),
     )
     return y
 

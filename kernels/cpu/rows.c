@@ -1,5 +1,6 @@
 /* What happens to a row between two products: the norm, the gate of an MLP, the turning of queries and keys. */
 #include "cpu.h"
+#include "functions.h"
 #include "share.h"
 
 #include <math.h>

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from kernels.cpu.layer import StepCall
 from kernels.cpu.library import Library
 from kernels.segments import FlatSegments, Segment, Spans
 
@@ -26,6 +27,9 @@ class ForwardContext:
     segments: Mapping[str, tuple[Segment, ...]]  # group -> which rows read which adapter pages
     kv_caches: tuple[tuple[Tensor, Tensor], ...]  # per layer: keys and values [positions, heads, width]
     library: Library | None = None  # of compiled kernels, where they run
+    compiled_steps: dict[tuple[Tensor, Tensor], StepCall] = field(
+        default_factory=dict
+    )  # by the angles of its rows
     _flat: dict[str, FlatSegments] = field(default_factory=dict)
 
     def flat_segments(self, group: str) -> FlatSegments:

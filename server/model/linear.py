@@ -214,9 +214,7 @@ class LinearGroup:
     def output(self, x: Tensor, member: int) -> Tensor:
         """One member's output; all members are computed when `x` is first seen, and let go after the last."""
         if self._input is not x:
-            rows = x.reshape(-1, x.shape[-1])
-            y = self.base(rows)
-            self.add_deltas(y, rows)
+            y = self.product(x.reshape(-1, x.shape[-1]))
             y = y.view(*x.shape[:-1], y.shape[-1])
             self._input = x
             self._outputs = torch.split_with_sizes(y, self.widths, -1) if len(self.widths) > 1 else (y,)
@@ -224,6 +222,15 @@ class LinearGroup:
         if member == len(self._outputs) - 1:
             self._input, self._outputs = None, ()
         return result
+
+    def product(
+        self,
+        x: Tensor,  # [rows, in]
+    ) -> Tensor:  # [rows, sum of widths]
+        """All members' outputs side by side, the running step's deltas added."""
+        y = self.base(x)
+        self.add_deltas(y, x)
+        return y
 
     def add_deltas(
         self,

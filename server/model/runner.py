@@ -47,17 +47,15 @@ class Runner:
     def forward(self, inputs: StepInputs) -> Tensor:  # [wanted, vocabulary] float32
         """Logits of `inputs.logits_rows`, in that order, on the model's device."""
         device = self.device
-        padding = -len(inputs.token_ids) % self.row_tile
-        rows, wanted = len(inputs.token_ids) + padding, len(inputs.logits_rows)
-        host = np.concatenate(
-            (
-                np.pad(inputs.token_ids, (0, padding)),
-                np.pad(inputs.positions, (0, padding)),
-                np.pad(inputs.kv_index, (0, padding), constant_values=PADDING_BLOCK),
-                np.pad(inputs.logits_rows, (0, -wanted % self.row_tile)),
-            )
-        )
-        sizes = [rows, rows, rows, len(host) - 3 * rows]
+        rows, wanted = len(inputs.token_ids), len(inputs.logits_rows)
+        padded, padded_wanted = (-(-count // self.row_tile) * self.row_tile for count in (rows, wanted))
+        host = np.zeros(3 * padded + padded_wanted, np.int64)
+        host[:rows] = inputs.token_ids
+        host[padded : padded + rows] = inputs.positions
+        host[2 * padded : 3 * padded] = PADDING_BLOCK
+        host[2 * padded : 2 * padded + rows] = inputs.kv_index
+        host[3 * padded : 3 * padded + wanted] = inputs.logits_rows
+        sizes = [padded, padded, padded, padded_wanted]
         token_ids, positions, kv_index, logits_rows = torch.split(torch.from_numpy(host).to(device), sizes)
         context = ForwardContext(
             kv_index=kv_index,

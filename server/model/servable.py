@@ -18,6 +18,7 @@ from adapters.adapter import Layout, Site
 from adapters.pool import SitePages
 from kernels.cpu.library import Library
 from server.model.attention import IMPLEMENTATION, AttentionLayer, register
+from server.model.compiled_layer import install_compiled_layers
 from server.model.linear import (
     BaseLinear,
     DenseLinear,
@@ -96,6 +97,7 @@ def make_servable(
     groups = tuple(_install_group(model, site, backend, library) for site in findings.layout.sites)
     if library is not None:
         _install_head(model, library)
+        install_compiled_layers(model, library, findings.attention)
     return ServableModel(model, findings.layout, groups, findings.attention, length, library)
 
 

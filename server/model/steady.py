@@ -3,7 +3,7 @@
 Rotary embeddings become tables: some types (dynamic, longrope) choose frequencies by the longest position of the whole
 batch, so that a long neighbour changes another row's angles. Activations are composed of operations whose vector and
 scalar paths round alike: torch computes SiLU and GELU with the one, and what is left over at the end of a thread's
-share with the other. Knows nothing of attention or adapters.
+share with the other. Compiled modules do in one call what a model's own do in many. Knows nothing of adapters' names.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import operator
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,8 +22,10 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from kernels.cpu import operations
+from kernels.cpu.layer import AttentionShape, LayerCall, SiteWeights, StepCall, run_layer
 from kernels.cpu.library import Library
-from server.model.context import current_context
+from server.model.context import ForwardContext, current_context
+from server.model.linear import LinearGroup, PackedLinear
 
 
 class RotaryTable(nn.Module):
@@ -133,9 +137,12 @@ class CompiledMLP(nn.Module):
         self.library = library
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = map(original.get_submodule, _MLP)
 
+    @property
+    def kind(self) -> operations.Activation:
+        return cast(SteadySiLU | SteadyGELUTanh, self.act_fn).kind
+
     def forward(self, x: Tensor) -> Tensor:
-        kind = cast(SteadySiLU | SteadyGELUTanh, self.act_fn).kind
-        inner = operations.gate(self.library, kind, self.gate_proj(x), self.up_proj(x))
+        inner = operations.gate(self.library, self.kind, self.gate_proj(x), self.up_proj(x))
         return cast(Tensor, self.down_proj(inner))
 
 
@@ -254,3 +261,79 @@ class _Answer(nn.Module):
 
     def forward(self, _: Tensor) -> Tensor:
         return self.answer
+
+
+@dataclass(slots=True, eq=False)
+class CompiledLayer:
+    """A decoder layer in one call, as its forward; outside a forward pass of ours the layer's own runs.
+
+    transformers' own makes a hundred calls of Python's. A layer's weights pass through the caches and leave nothing of
+    the interpreter there: with one row, what ran between the products took a quarter of a step.
+    """
+
+    library: Library
+    original: Callable[..., Any]
+    index: int
+    shape: AttentionShape
+    norms: tuple[CompiledRMSNorm, CompiledRMSNorm]  # before attention, before the MLP
+    sites: tuple[LinearGroup, LinearGroup, LinearGroup, LinearGroup]  # q k v, o, gate up, down
+    activation: operations.Activation
+    _call: LayerCall | None = None
+    _called_with: tuple[object, ...] = ()
+
+    def __call__(
+        self,
+        hidden_states: Tensor,  # [1, rows, hidden]
+        *args: Any,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,  # cos, sin: [1, rows, width]
+        **others: Any,
+    ) -> Any:
+        context = current_context()
+        if (
+            context is None
+            or position_embeddings is None
+            or position_embeddings[0].shape[2] != self.shape.width
+        ):
+            return self.original(hidden_states, *args, position_embeddings=position_embeddings, **others)
+        layer = self._call_into(context)
+        step = context.compiled_steps.get(position_embeddings)
+        if step is None:
+            step = context.compiled_steps[position_embeddings] = self._step(
+                layer, context, position_embeddings
+            )
+        return run_layer(self.library, layer, step, hidden_states)
+
+    def _call_into(self, context: ForwardContext) -> LayerCall:
+        """The layer's addresses, found again when it is given another cache or another pool."""
+        caches = context.kv_caches[self.index]
+        given = (*caches, *(site.deltas for site in self.sites))
+        if self._call is None or not all(map(operator.is_, given, self._called_with)):
+            bases = [cast(PackedLinear, site.base) for site in self.sites]
+            self._call = LayerCall.of(
+                [
+                    SiteWeights(base.weight, base.bias, site.deltas)
+                    for base, site in zip(bases, self.sites, strict=True)
+                ],
+                (
+                    (self.norms[0].weight, self.norms[0].epsilon),
+                    (self.norms[1].weight, self.norms[1].epsilon),
+                ),
+                caches,
+                context.spans.block_size,
+                self.shape,
+                self.activation,
+            )
+            self._called_with = given
+        return self._call
+
+    def _step(self, layer: LayerCall, context: ForwardContext, angles: tuple[Tensor, Tensor]) -> StepCall:
+        groups = [site.site.group for site in self.sites]
+        return StepCall.of(
+            layer,
+            self.sites[0].site.in_features,
+            angles[0][0],
+            angles[1][0],
+            context.kv_index,
+            context.spans,
+            [context.flat_segments(group) if context.segments.get(group) else None for group in groups],
+        )

@@ -9,7 +9,7 @@ from kernels.segments import KV_TILE, Span, Spans
 from tests.kernels.naive import attention, relative_error
 
 WIDTHS = (8, 12)  # of keys, of values
-HEADS = {"one to one": (2, 2), "grouped": (6, 2), "one for all": (4, 1)}
+HEADS = {"one to one": (2, 2), "grouped": (6, 2), "one for all": (4, 1), "many": (18, 9)}
 # (queries, keys) of the spans of a step: decodes, whole prompts, chunks in the middle and around a tile's edge
 CHUNKS = {
     "decode": [(1, 1), (1, 37), (1, KV_TILE), (1, KV_TILE + 1)],

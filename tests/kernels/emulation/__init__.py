@@ -1,5 +1,6 @@
 """The library for an instruction set: the built one, or one that emulates by SIMDe what this processor lacks."""
 
+import fcntl
 import functools
 import os
 import subprocess
@@ -44,6 +45,13 @@ def load_emulated(instruction_set: InstructionSet, math: Math = "fp32") -> Libra
 @functools.cache
 def built() -> Path:
     """Made once, and again when a source has changed."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / "emulated.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of the processes that test makes it, the others find it made
+        return _make()
+
+
+def _make() -> Path:
     quiet = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     made = subprocess.run(
         ["make", "--silent", "--jobs=2", "emulate"],

@@ -1,0 +1,94 @@
+/* A decoder layer in one call: y = x + attention(norm(x)), then y += mlp(norm(y)).
+ *
+ * Every step of it is a function of its own that Python can call too, in the same order and with the same bits. What one
+ * call spares is Python between them: a layer's weights pass through the caches and leave nothing of the interpreter
+ * there, so that each of its operations starts from memory.
+ */
+#include "functions.h"
+
+#include <string.h>
+
+/* Sibling linears that read one input, and the pages of their adapters. layer.py has the same fields in the same order. */
+typedef struct {
+    const uint8_t *packed;
+    const float *bias; /* or NULL */
+    int64_t kind, in, out; /* kind: place in PRODUCTS */
+    const void *a, *b;     /* NULL: no adapters */
+    const float *scale;
+    int64_t bf16, members;
+    const int64_t *widths;
+} Site;
+
+typedef struct {
+    Site qkv, out, gate_up, down;
+    const float *attention_norm, *mlp_norm;
+    void *k_cache, *v_cache;
+    int64_t cache_bf16, block_size, heads, kv_heads, width, window, activation;
+    float attention_epsilon, mlp_epsilon, scale;
+} Layer;
+
+typedef struct {
+    const void *segments;
+    int64_t count;
+    const int32_t *page_ids;
+    const float *weights;
+} Segments;
+
+typedef struct {
+    int64_t rows, attending; /* the first `attending` rows are in spans; the others pad the step */
+    const float *cos, *sin; /* [rows, width] */
+    const int64_t *kv_index, *spans;
+    int64_t span_count;
+    const int32_t *blocks;
+    Segments segments[4]; /* of the sites, in their order */
+    float *normed, *heads, *turned, *attended, *added, *both, *inner; /* [rows, what a row of each has] */
+} Step;
+
+static linear_fn *const PRODUCTS[] = {
+    loraplex_nf4_linear, loraplex_int8_linear, loraplex_bf16_linear, loraplex_f32_linear,
+};
+
+static int32_t product(
+    int32_t isa, int32_t threads, const Site *site, const Segments *segments, const float *x, float *y, int64_t rows
+) {
+    if (PRODUCTS[site->kind](isa, threads, x, site->packed, site->bias, y, rows, site->out, site->in)) return -1;
+    if (!site->a || !segments->count) return 0;
+    return loraplex_add_deltas(isa, threads, y, x, site->a, site->b, site->scale, site->bf16, site->in, site->out,
+                               site->members, site->widths, segments->segments, segments->count, segments->page_ids,
+                               segments->weights);
+}
+
+/* `y = x + z`. */
+static void add(float *y, const float *x, const float *z, int64_t count) {
+    for (int64_t i = 0; i < count; i++) y[i] = x[i] + z[i];
+}
+
+/* Rows of norm(x), in s->normed, to rows of attention, in s->attended. */
+static int32_t attend(int32_t isa, int32_t threads, const Layer *l, const Step *s) {
+    const int64_t turning = l->heads + l->kv_heads, width = l->width;
+    const int64_t in_row = (turning + l->kv_heads) * width, turned_row = turning * width;
+    if (product(isa, threads, &l->qkv, &s->segments[0], s->normed, s->heads, s->rows)) return -1;
+    loraplex_rotate(isa, threads, s->turned, s->heads, in_row, width, s->cos, s->sin, s->rows, turning, width);
+    loraplex_write_kv(isa, threads, l->k_cache, l->v_cache, s->turned + l->heads * width, turned_row, width,
+                      s->heads + turned_row, in_row, width, s->kv_index, s->attending, l->kv_heads, width, width,
+                      l->cache_bf16);
+    const int64_t out_row = l->heads * width;
+    memset(s->attended + s->attending * out_row, 0, (size_t)((s->rows - s->attending) * out_row) * sizeof(float));
+    return loraplex_attention(isa, threads, s->attended, s->turned, turned_row, width, l->k_cache, l->v_cache,
+                              l->cache_bf16, l->heads, l->kv_heads, width, width, l->block_size, s->spans,
+                              s->span_count, s->blocks, l->scale, l->window, 0, NULL);
+}
+
+EXPORT int32_t loraplex_layer(int32_t isa, int32_t threads, const Layer *l, const Step *s, const float *x, float *y) {
+    const int64_t rows = s->rows, hidden = l->qkv.in, inner = l->down.in;
+    loraplex_rms_norm(isa, threads, s->normed, x, l->attention_norm, rows, hidden, l->attention_epsilon);
+    if (attend(isa, threads, l, s)) return -1;
+    if (product(isa, threads, &l->out, &s->segments[1], s->attended, s->added, rows)) return -1;
+    add(y, x, s->added, rows * hidden);
+    loraplex_rms_norm(isa, threads, s->normed, y, l->mlp_norm, rows, hidden, l->mlp_epsilon);
+    if (product(isa, threads, &l->gate_up, &s->segments[2], s->normed, s->both, rows)) return -1;
+    loraplex_gate(isa, threads, s->inner, s->both, 2 * inner, s->both + inner, 2 * inner, rows, inner, l->activation);
+    if (product(isa, threads, &l->down, &s->segments[3], s->inner, s->added, rows)) return -1;
+    add(y, y, s->added, rows * hidden);
+    return 0;
+}
