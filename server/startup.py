@@ -25,6 +25,7 @@ from adapters.loader import Loader
 from adapters.peft_format import copied, mapped
 from adapters.pool import Pool
 from adapters.registry import Registry
+from adapters.side_stream import SideStream
 from adapters.store import Store
 from kernels.cpu.library import Library
 from kernels.cpu.library import load as load_library
@@ -157,6 +158,8 @@ def assemble(settings: Settings, servable: ServableModel, plan: MemoryPlan, toke
         on_unreferenced=unreferenced,
     )
     loader = Loader(registry.read, plan.host_nbytes, lambda: engine.wake())
+    if servable.device.type == "cuda":
+        pool.copy = SideStream(pool.sites, lambda: engine.wake()).copy
     residency = Residency(loader, pool)
     limits = Limits(
         settings.max_num_seqs, settings.max_num_batched_tokens, settings.prefill_chunk, settings.block_size

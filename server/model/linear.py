@@ -18,7 +18,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
 from adapters.adapter import Site
-from adapters.pool import SitePages
+from adapters.page_copy import SitePages
 from kernels import reference
 from kernels.cpu import operations
 from kernels.cpu.library import Library

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from adapters.adapter import Layout, Site
-from adapters.pool import SitePages
+from adapters.page_copy import SitePages
 from kernels.cpu.library import Library
 from server.model.attention import IMPLEMENTATION, AttentionLayer, register
 from server.model.linear import (

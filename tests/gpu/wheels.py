@@ -40,11 +40,29 @@ ENVIRONMENT = {
     "os_name": "posix",
 }
 # What the machine has: the first line by itself, the rest because the first line needs it.
-GIVEN = frozenset(
-    "torch triton transformers peft accelerate numpy pip setuptools "
-    "filelock fsspec huggingface-hub hf-xet jinja2 markupsafe mpmath networkx packaging pyyaml regex safetensors "
-    "sympy tokenizers tqdm typer typing-extensions psutil".split()
-)
+GIVEN = {"torch", "triton", "transformers", "peft", "accelerate", "numpy", "pip", "setuptools"}
+GIVEN |= {
+    "filelock",
+    "fsspec",
+    "hf-xet",
+    "huggingface-hub",
+    "jinja2",
+    "markupsafe",
+    "mpmath",
+    "networkx",
+    "packaging",
+}
+GIVEN |= {
+    "psutil",
+    "pyyaml",
+    "regex",
+    "safetensors",
+    "sympy",
+    "tokenizers",
+    "tqdm",
+    "typer",
+    "typing-extensions",
+}
 WITH_EXTRAS = ("pytest", "hypothesis", "psutil")  # of our development requirements, what gpu-check runs
 KEPT_LIBRARY = "libbitsandbytes_cuda130.so"
 
@@ -106,7 +124,9 @@ def requirements_of(wheel: Path) -> list[Requirement]:
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         said = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist") or []
     found = [Requirement(text) for text in said]
-    return [each for each in found if each.marker is None or each.marker.evaluate(ENVIRONMENT | {"extra": ""})]
+    return [
+        each for each in found if each.marker is None or each.marker.evaluate(ENVIRONMENT | {"extra": ""})
+    ]
 
 
 def strip(wheel: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adapters.adapter import Member, Site
-from adapters.pool import SitePages
+from adapters.page_copy import SitePages
 from kernels.segments import Segment, Spans
 from server.model.context import ForwardContext, forward_context
 from server.model.linear import LinearGroup, LoRALinear
