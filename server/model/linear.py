@@ -22,7 +22,7 @@ from adapters.page_copy import SitePages
 from kernels import reference
 from kernels.cpu import operations
 from kernels.cpu.library import Library
-from server.model.context import current_context
+from server.model.context import ForwardContext, current_context
 
 
 class BaseLinear(Protocol):
@@ -190,14 +190,62 @@ def _joined_bias(members: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | N
     return torch.cat([part.to(dtype) for part in parts])
 
 
+class Deltas(Protocol):
+    """`base(x)` with the deltas of every segment of the running step added: `y += expand(shrink(x))`."""
+
+    def product(
+        self,
+        base: BaseLinear,
+        x: Tensor,  # [rows, in]
+        group: str,
+        context: ForwardContext,
+    ) -> Tensor:  # [rows, sum of widths]
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlainDeltas:
+    """Segment by segment, in plain PyTorch."""
+
+    pages: SitePages
+    widths: tuple[int, ...]  # of the members
+
+    def product(self, base: BaseLinear, x: Tensor, group: str, context: ForwardContext) -> Tensor:
+        y = base(x)
+        for segment in context.segments.get(group, ()):
+            v = reference.shrink(x, self.pages.a, self.pages.scale, segment)
+            reference.expand(y, v, self.pages.b, self.widths, segment)
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledDeltas:
+    """All segments in one call of the CPU's kernels, which are for float32."""
+
+    deltas: operations.Deltas
+    plain: PlainDeltas
+
+    @classmethod
+    def of(cls, library: Library, pages: SitePages, widths: tuple[int, ...]) -> CompiledDeltas:
+        deltas = operations.Deltas.of(library, pages.a, pages.b, pages.scale, widths)
+        return cls(deltas, PlainDeltas(pages, widths))
+
+    def product(self, base: BaseLinear, x: Tensor, group: str, context: ForwardContext) -> Tensor:
+        if x.dtype is not torch.float32:
+            return self.plain.product(base, x, group, context)
+        y = base(x)
+        if context.segments.get(group):
+            self.deltas.add(y, x, context.flat_segments(group))
+        return y
+
+
 @dataclass(slots=True, eq=False)
 class LinearGroup:
-    """Sibling linears of one site: one base product, one shrink and one expand per segment."""
+    """Sibling linears of one site: one product for all, adapters included."""
 
     site: Site
     base: BaseLinear
-    pages: SitePages | None = None  # set once, when the pool is made
-    deltas: operations.Deltas | None = None  # of those pages, where the compiled kernels run
+    deltas: Deltas | None = None  # set once, when the pool is made
     _input: Tensor | None = field(default=None, repr=False)
     _outputs: tuple[Tensor, ...] = field(default=(), repr=False)
     widths: tuple[int, ...] = field(init=False)
@@ -205,18 +253,10 @@ class LinearGroup:
     def __post_init__(self) -> None:
         self.widths = tuple(member.out_features for member in self.site.members)
 
-    def attach(self, pages: SitePages, library: Library | None) -> None:
-        """Read the deltas from these pages from now on."""
-        self.pages = pages
-        if library is not None:
-            self.deltas = operations.Deltas.of(library, pages.a, pages.b, pages.scale, self.widths)
-
     def output(self, x: Tensor, member: int) -> Tensor:
         """One member's output; all members are computed when `x` is first seen, and let go after the last."""
         if self._input is not x:
-            rows = x.reshape(-1, x.shape[-1])
-            y = self.base(rows)
-            self.add_deltas(y, rows)
+            y = self._product(x.reshape(-1, x.shape[-1]))
             y = y.view(*x.shape[:-1], y.shape[-1])
             self._input = x
             self._outputs = torch.split_with_sizes(y, self.widths, -1) if len(self.widths) > 1 else (y,)
@@ -225,22 +265,14 @@ class LinearGroup:
             self._input, self._outputs = None, ()
         return result
 
-    def add_deltas(
+    def _product(
         self,
-        y: Tensor,  # [rows, sum of widths], written
         x: Tensor,  # [rows, in]
-    ) -> None:
-        """`y += expand(shrink(x))` over the segments of the running step."""
+    ) -> Tensor:  # [rows, sum of widths]
         context = current_context()
-        if context is None or self.pages is None:
-            return
-        segments = context.segments.get(self.site.group, ())
-        if segments and self.deltas is not None and y.dtype is torch.float32:
-            self.deltas.add(y, x, context.flat_segments(self.site.group))
-            return
-        for segment in segments:
-            v = reference.shrink(x, self.pages.a, self.pages.scale, segment)
-            reference.expand(y, v, self.pages.b, self.widths, segment)
+        if context is None or self.deltas is None:
+            return self.base(x)
+        return self.deltas.product(self.base, x, self.site.group, context)
 
 
 class Head(nn.Module):
