@@ -1,12 +1,15 @@
-"""Segments and spans: the host data that says which rows read what."""
+"""Segments, spans and the plans made of them: the host data that says which rows read what."""
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels import plans
+from kernels.plans import AttentionPlan, DeltaPlan
 from kernels.segments import KV_TILE, Span, Spans, segments_of
 
 BLENDS = [((), ()), ((0,), (1.0,)), ((0,), (0.5,)), ((1, 2), (1.0, 1.0)), ((2, 1), (1.0, 1.0))]
@@ -64,3 +67,84 @@ def test_blocks_side_by_side_are_a_slice():
 def test_a_tile_is_found_once():
     spans = Spans((Span(0, 1, 40, (6, 4, 5)),), 16, torch.device("cpu"))
     assert spans.tile(0, 0) is spans.tile(0, 0)
+
+
+def delta_plan(rows, segments, *, fixed):
+    """The plan's tiles, its jobs and the jobs of each granule, read from no more of the buffer than is in use."""
+    most = max((len(segment.pages) for segment in segments), default=1)
+    out = np.full(DeltaPlan.sizes(rows, most), -1, np.int32)
+    used = DeltaPlan.fill(out, segments, rows, fixed=fixed)
+    assert (out[used:] == -1).all(), "written past what is in use"
+    granules = -(-rows // plans.GRANULE)
+    bounds = out[plans.DELTA_HEAD : plans.DELTA_HEAD + 2 * granules].reshape(2, granules)
+    records = out[plans.DELTA_HEAD + 2 * granules : used].reshape(-1, plans.DELTA_RECORD)
+    assert out[0] == len(records)
+    jobs = records[: sum(len(segment.pages) for segment in segments), 5:]
+    return records[:, :5], jobs, bounds.T
+
+
+@given(ROWS, st.integers(0, 40), st.booleans())
+def test_every_row_is_in_one_tile_per_page_and_every_job_is_found(rows, padding, fixed):
+    segments = segments_of([(count * 7, *blend) for count, blend in rows])
+    count = max(1, sum(count * 7 for count, _ in rows) + padding)
+    tiles, jobs, bounds = delta_plan(count, segments, fixed=fixed)
+    want = sorted(
+        (row, page, place, weight)
+        for segment in segments
+        for row in range(segment.start, segment.end)
+        for place, (page, weight) in enumerate(zip(segment.pages, segment.weights, strict=True))
+    )
+    got = [
+        (row, page, place, float(np.int32(weight).view(np.float32)))
+        for page, first, end, place, weight in tiles.tolist()
+        for row in range(first, end)
+    ]
+    assert sorted(got) == want
+    height = 16 if fixed or count <= plans.FEW_ROWS else 64
+    assert all(0 < end - first <= height for _, first, end, _, _ in tiles.tolist())
+    assert sorted(tiles[:, 0]) == list(tiles[:, 0]), "tiles of a page lie apart"
+    spread = [(row, page, place) for page, start, end, place in jobs.tolist() for row in range(start, end)]
+    assert sorted(spread) == [(row, page, place) for row, page, place, _ in want]
+    for granule, (first, end) in enumerate(bounds.tolist()):
+        reached = [
+            job
+            for job, (_, start, stop, _) in enumerate(jobs.tolist())
+            if start < (granule + 1) * 16 and stop > granule * 16
+        ]
+        assert reached == list(range(first, end))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 600)), max_size=6),
+    st.integers(0, 9),
+    st.integers(1, 8),
+)
+def test_every_query_is_in_one_tile(chunks, padding, queries):
+    """Tiles hold the rows of one span; the padding's see no key; parts are numbered apart."""
+    spans, start, block = [], 0, 0
+    for count, before in chunks:
+        held = -(-(before + count) // 16)
+        spans.append(Span(start, start + count, before + count, range(block, block + held)))
+        start, block = start + count, block + held
+    rows = max(1, start + padding)
+    out = np.full(AttentionPlan.sizes(rows, block + 3), -1, np.int32)
+    used, tiles, parts = AttentionPlan.fill(out, spans, rows, queries)
+    assert (out[used:] == -1).all(), "written past what is in use"
+    records = out[plans.ATTENTION_HEAD : plans.ATTENTION_HEAD + tiles * plans.ATTENTION_RECORD].reshape(
+        tiles, -1
+    )
+    blocks = out[plans.ATTENTION_HEAD + rows * plans.ATTENTION_RECORD : used]
+    assert out[0] == tiles
+    next_row = next_part = 0
+    for row, end, before, part, first_block in records.tolist():
+        assert (row, part) == (next_row, next_part)
+        assert row < end <= row + queries
+        next_row, next_part = end, part - (-(before + end - row) // plans.PART_KEYS)
+        span = next((span for span in spans if span.start <= row < span.end), None)
+        if span is None:
+            assert before + end - row == 0
+            continue
+        assert end <= span.end
+        assert before == span.kv_length - span.end + row
+        assert blocks[first_block : first_block + len(span.blocks)].tolist() == list(span.blocks)
+    assert (next_row, next_part) == (rows, parts)

@@ -1,0 +1,107 @@
+"""The sixteen values of NF4, and the PTX that looks four packed bytes up in them, two codes a byte.
+
+Text and numbers only: knows nothing of tensors. Source of the values: Dettmers et al. 2023 (QLoRA), as bitsandbytes
+stores them.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Literal
+
+NF4_CODE = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+Lookup = Literal["shuffle", "permute"]
+Half = Literal["bfloat16", "float16"]
+
+CONSTRAINTS = "=r,=r,=r,=r,r"  # four bytes in; the high nibbles' four values, then the low nibbles' four
+
+
+def half_bits(value: float, half: Half) -> int:
+    """A float32's bits as a 16-bit float, rounded to nearest, ties to even."""
+    if half == "float16":
+        return int(struct.unpack("<H", struct.pack("<e", value))[0])
+    bits: int = struct.unpack("<I", struct.pack("<f", value))[0]
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+
+
+def assembly(lookup: Lookup, half: Half) -> str:
+    """PTX from `$4` (bytes 0 to 3) to `$0, $1` (their high nibbles' values) and `$2, $3` (their low nibbles')."""
+    bits = [half_bits(value, half) for value in NF4_CODE]
+    high = [_word(bits[i : i + 4], 8) for i in (0, 4, 8, 12)]
+    low = [_word(bits[i : i + 4], 0) for i in (0, 4, 8, 12)]
+    return _shuffle(high, low) if lookup == "shuffle" else _permute(high, low)
+
+
+def _word(bits: list[int], shift: int) -> str:
+    """Byte `shift / 8` of each of four values, the first one lowest."""
+    return f"{sum((value >> shift & 0xFF) << 8 * place for place, value in enumerate(bits)):#010x}"
+
+
+def _shuffle(high: list[str], low: list[str]) -> str:
+    """Lane l holds value `l & 15`, made from its number once; each code then asks the lane of that number for it.
+
+    4.7 instructions per weight on sm_90: one SHFL each, half a PRMT. A shuffle reads the low five bits of an index
+    and a nibble's neighbour sets the fifth, which is why lanes 16 to 31 hold the values again.
+    """
+    lines = [
+        ".reg .b32 part, lane, slot, upper, low, high, p, q, own, v<8>; .reg .pred far;",
+        "mov.u32 lane, %laneid; and.b32 slot, lane, 7; and.b32 upper, lane, 8; setp.ne.u32 far, upper, 0;",
+        f"prmt.b32 p, {high[0]}, {high[1]}, slot; prmt.b32 q, {high[2]}, {high[3]}, slot;",
+        "selp.b32 high, q, p, far;",
+        f"prmt.b32 p, {low[0]}, {low[1]}, slot; prmt.b32 q, {low[2]}, {low[3]}, slot;",
+        "selp.b32 low, q, p, far;",
+        "prmt.b32 own, low, high, 0x4040;",
+        "shfl.sync.idx.b32 v0, own, $4, 0x1f, 0xffffffff;",
+    ]
+    for nibble in range(1, 8):
+        lines.append(f"shr.u32 part, $4, {4 * nibble};")
+        lines.append(f"shfl.sync.idx.b32 v{nibble}, own, part, 0x1f, 0xffffffff;")
+    lines.append("prmt.b32 $0, v1, v3, 0x5410; prmt.b32 $1, v5, v7, 0x5410;")
+    lines.append("prmt.b32 $2, v0, v2, 0x5410; prmt.b32 $3, v4, v6, 0x5410;")
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _permute(high: list[str], low: list[str]) -> str:
+    """A PRMT picks four bytes of eight by four nibbles: two for the halves of a table, one to choose between them.
+
+    5.8 instructions per weight on sm_90. Bit 3 of a PRMT's selector means sign extension, so the codes' top bits are
+    taken off first and become the selector of the choice: nibble i takes byte i of one half or of the other.
+    """
+    lines = [
+        ".reg .b32 low3, top, h0, h1, l0, l1, high, low, low3b, topb;",
+        "and.b32 low3, $4, 0x77777777; shr.u32 top, $4, 1;",
+        "lop3.b32 top, top, 0x44444444, 0x32103210, 0xEA;",  # (top & 0x4444'4444) | 0x3210'3210
+        *_four(high, low, "low3", "top", "$0", "$2"),
+        "shr.u32 low3b, low3, 16; shr.u32 topb, top, 16;",
+        *_four(high, low, "low3b", "topb", "$1", "$3"),
+    ]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _four(high: list[str], low: list[str], low3: str, top: str, upper: str, lower: str) -> list[str]:
+    """Four nibbles at once: their values' high bytes, their low bytes, then both put together by parity."""
+    return [
+        f"prmt.b32 h0, {high[0]}, {high[1]}, {low3}; prmt.b32 h1, {high[2]}, {high[3]}, {low3};",
+        f"prmt.b32 high, h0, h1, {top};",
+        f"prmt.b32 l0, {low[0]}, {low[1]}, {low3}; prmt.b32 l1, {low[2]}, {low[3]}, {low3};",
+        f"prmt.b32 low, l0, l1, {top};",
+        f"prmt.b32 {upper}, low, high, 0x7351; prmt.b32 {lower}, low, high, 0x6240;",
+    ]

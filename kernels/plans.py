@@ -1,0 +1,183 @@
+"""A step's work for the GPU kernels as one int32 buffer: which tile reads what, built once per step for all layers.
+
+A buffer's size and the places in it depend on the bucket alone (how many rows, how many pages or blocks at most), so a
+captured graph reads the same addresses in every replay. `fill` says how much of it is in use: no more needs to be
+copied to the device. Host data only: knows nothing of Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.segments import FlatSegments, FlatSpans, Segment, Span
+
+PAGE_RANK = 16  # rank rows of a page
+GRANULE = 16  # rows between two entries of the list that finds the jobs of a tile of rows
+FEW_ROWS = 256  # up to here tiles are low: bytes bound a step, and most segments are short
+
+_Ints = NDArray[np.int32]
+
+DELTA_HEAD = 1  # tiles in use
+_TILE, _JOB = 5, 4  # int32 of a tile (page, row, end, place, weight) and of a job (page, start, end, place)
+DELTA_RECORD = _TILE + _JOB
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaPlan:
+    """Tiles for shrink and jobs for expand.
+
+    A tile is one page and up to `tile_rows` rows of a segment that holds it as its page number `place`: columns
+    `place * 16` and on of v. Tiles of one page lie side by side, so that it comes from memory once, whoever shares
+    it. A job is one page of a segment and all of its rows; jobs are in row order, and for each granule of 16 rows the
+    buffer says which are its own. A row without an adapter is in no tile and in no job.
+
+    `[head | first job of each granule | end of its jobs | records of one tile and one job each]`
+    """
+
+    buffer: Tensor  # [size] int32
+    rows: int
+    most_pages: int  # of one segment
+    tiles: int  # that a launch makes room for
+    tile_rows: int
+
+    @staticmethod
+    def sizes(rows: int, most_pages: int) -> int:
+        """How many int32 a bucket needs."""
+        return _records_at(rows) + rows * most_pages * DELTA_RECORD
+
+    @staticmethod
+    def fill(out: _Ints, segments: Sequence[Segment], rows: int, *, fixed: bool = False) -> int:
+        """Write the plan; returns how many int32 from the first on are in use."""
+        out[0] = 0
+        granules = -(-rows // GRANULE)
+        bounds = out[DELTA_HEAD : _records_at(rows)].reshape(2, granules)
+        bounds[:] = 0
+        if not segments:
+            return _records_at(rows)
+        jobs, weights = _jobs(segments)
+        at = np.arange(granules, dtype=np.int32) * GRANULE
+        bounds[0] = np.searchsorted(jobs[:, 2], at, side="right")
+        bounds[1] = np.searchsorted(jobs[:, 1], at + GRANULE, side="left")
+        tiles = _tiles(jobs, weights, _tile_rows(rows, fixed))
+        used = _records_at(rows) + len(tiles) * DELTA_RECORD
+        records = out[_records_at(rows) : used].reshape(-1, DELTA_RECORD)
+        records[:, :_TILE] = tiles
+        records[: len(jobs), _TILE:] = jobs
+        out[0] = len(tiles)
+        return used
+
+    @classmethod
+    def view(
+        cls,
+        buffer: Tensor,  # [sizes(rows, most_pages)] int32
+        rows: int,
+        most_pages: int,
+        *,
+        used: int | None = None,
+        fixed: bool = False,
+    ) -> DeltaPlan:
+        """The plan in a device buffer; `used`, as `fill` gave it, keeps launches outside graphs small."""
+        assert buffer.numel() >= cls.sizes(rows, most_pages)
+        tiles = rows * most_pages if used is None else (used - _records_at(rows)) // DELTA_RECORD
+        return cls(buffer, rows, most_pages, tiles, _tile_rows(rows, fixed))
+
+    @property
+    def hidden(self) -> int:
+        """Columns of v for each member."""
+        return self.most_pages * PAGE_RANK
+
+
+def _records_at(rows: int) -> int:
+    return DELTA_HEAD + 2 * -(-rows // GRANULE)
+
+
+def _tile_rows(rows: int, fixed: bool) -> int:
+    """Rows of a tile: high ones read a page less often, and are summed by other instructions than low ones."""
+    return 16 if fixed or rows <= FEW_ROWS else 64
+
+
+def _jobs(segments: Sequence[Segment]) -> tuple[_Ints, _Ints]:  # [jobs, 4], the bits of their weights
+    flat = FlatSegments.of(segments)
+    start, end, first, count = flat.table.T
+    assert np.all(end[:-1] <= start[1:]), "segments out of order"
+    job = np.repeat(np.arange(len(flat.table)), count)
+    place = np.arange(len(flat.pages), dtype=np.int32) - first[job]
+    return np.stack((flat.pages, start[job], end[job], place), axis=1), flat.weights.view(np.int32)
+
+
+def _tiles(jobs: _Ints, weights: _Ints, height: int) -> _Ints:  # [tiles, 5]
+    order = np.argsort(jobs[:, 0], kind="stable")
+    page, start, end, place = jobs[order].T
+    each = -(-(end - start) // height)
+    job = np.repeat(np.arange(len(jobs)), each)
+    row = start[job] + (np.arange(len(job)) - np.repeat(np.cumsum(each) - each, each)) * height
+    ends = np.minimum(row + height, end[job])
+    return np.stack((page[job], row, ends, place[job], weights[order][job]), axis=1).astype(np.int32)
+
+
+ATTENTION_HEAD = 1  # tiles in use
+ATTENTION_RECORD = 5  # of a tile: first row, end, keys before its first row, first part, first block
+PART_KEYS = 256  # where parts are at fixed places, they are this long
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """Tiles of queries of one span each, and the spans' blocks one after the other.
+
+    The rows that pad a bucket are tiles that see no key. A tile's parts are numbered from `first part` on.
+
+    `[head | a record per tile | blocks]`
+    """
+
+    buffer: Tensor  # [size] int32
+    rows: int
+    tiles: int  # that a launch makes room for
+    parts: int  # of `PART_KEYS` keys, of all tiles together
+    queries: int  # of a tile, at most
+
+    @staticmethod
+    def sizes(rows: int, most_blocks: int) -> int:
+        """How many int32 a bucket needs; `most_blocks` of all its spans together."""
+        return ATTENTION_HEAD + rows * ATTENTION_RECORD + most_blocks
+
+    @staticmethod
+    def fill(out: _Ints, spans: Sequence[Span], rows: int, queries: int) -> tuple[int, int, int]:
+        """Write the plan for tiles of `queries` rows; how many int32, tiles and parts are in use."""
+        blocks_at = ATTENTION_HEAD + rows * ATTENTION_RECORD
+        table, blocks = np.zeros((0, 4), np.int64), np.zeros(0, np.int32)
+        if spans:
+            flat = FlatSpans.of(spans)
+            table, blocks = flat.table, flat.blocks
+        end = int(table[-1, 1]) if spans else 0
+        if end < rows:  # the padding: a span of no keys
+            table = np.concatenate((table, [[end, rows, 0, 0]]))
+        start, end_of, keys, first_block = table.T
+        each = -(-(end_of - start) // queries)
+        span = np.repeat(np.arange(len(table)), each)
+        row = start[span] + (np.arange(len(span)) - np.repeat(np.cumsum(each) - each, each)) * queries
+        ends = np.minimum(row + queries, end_of[span])
+        before = np.where(keys[span] > 0, keys[span] - end_of[span] + row, row - ends)
+        parts = -(-(before + ends - row) // PART_KEYS)
+        records = np.stack((row, ends, before, np.cumsum(parts) - parts, first_block[span]), axis=1)
+        out[0] = len(records)
+        out[ATTENTION_HEAD : ATTENTION_HEAD + records.size] = records.ravel()
+        out[blocks_at : blocks_at + len(blocks)] = blocks
+        return blocks_at + len(blocks), len(records), int(parts.sum())
+
+    @classmethod
+    def view(
+        cls,
+        buffer: Tensor,  # [sizes(rows, most_blocks)] int32
+        rows: int,
+        queries: int,
+        *,
+        tiles: int,
+        parts: int,
+    ) -> AttentionPlan:
+        """The plan in a device buffer; `tiles` and `parts` as `fill` gave them, or the bucket's most in a graph."""
+        return cls(buffer, rows, tiles, parts, queries)

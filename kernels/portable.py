@@ -1,0 +1,59 @@
+"""What differs between a GPU and Triton's interpreter, which runs the same kernels on the CPU in the tests.
+
+The interpreter computes bfloat16 on its bit patterns, cuts bits off where it should round to it, and knows no
+assembly. Kernels take products, rounding and look-ups from here and are otherwise the same in both places.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
+    """`acc + a @ b` in float32; float32 operands are multiplied exactly, not as tf32."""
+    if _INTERPRETED:
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def narrow(value: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """float32 to `dtype`, rounded to nearest, ties to even; NaN stays NaN."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(value != value, 0x7FC00000, bits)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(dtype)
+
+
+@triton.jit
+def look_up(
+    packed: tl.tensor,
+    code: tl.tensor,
+    DTYPE: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    CONSTRAINTS: tl.constexpr,
+) -> tl.tensor:
+    """Bytes to the values of their high and of their low nibbles, as DTYPE.
+
+    ASSEMBLY is a text of `kernels/lookup.py` for that dtype, or None: then `code` [16] float32 is gathered from,
+    which is what the interpreter does always.
+    """
+    if _INTERPRETED or ASSEMBLY is None:
+        values = narrow(tl.load(code + tl.arange(0, 16)), DTYPE)
+        flat = packed.reshape(packed.numel).to(tl.int32)
+        high = tl.gather(values, flat >> 4, 0).reshape(packed.shape)
+        low = tl.gather(values, flat & 15, 0).reshape(packed.shape)
+    else:
+        high, low = tl.inline_asm_elementwise(
+            ASSEMBLY, CONSTRAINTS, [packed], dtype=(DTYPE.value, DTYPE.value), is_pure=True, pack=4
+        )
+    return high, low
