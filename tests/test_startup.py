@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import sys
 
 import pytest
 import torch
@@ -383,14 +384,18 @@ def asked(**given):
 
 def test_the_absence_of_compiled_kernels_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr("kernels.cpu.library.library_path", lambda: None)
-    assert startup.cpu_kernels(asked(), torch.device("cpu")) is None
+    assert startup.choose_kernels(asked(), torch.device("cpu")).name is None
     (record,) = caplog.records
     assert "install with a C compiler" in record.message
 
 
-def test_kernels_are_for_the_cpu(caplog):
-    assert startup.cpu_kernels(asked(), torch.device("cuda")) is None
-    assert not caplog.records
+def test_without_triton_a_gpu_is_served_in_plain_pytorch_and_that_is_said_once(monkeypatch, caplog):
+    for name in ("triton", "kernels.nf4"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "server.model.cuda", raising=False)
+    assert startup.choose_kernels(asked(), torch.device("cuda")).name is None
+    (record,) = caplog.records
+    assert "no Triton kernels" in record.message
 
 
 @pytest.mark.parametrize(
@@ -404,7 +409,7 @@ def test_kernels_are_for_the_cpu(caplog):
 def test_byte_arithmetic_is_served_or_refused(given, reason, monkeypatch):
     monkeypatch.setattr("kernels.cpu.library.library_path", lambda: None)
     with pytest.raises(SettingsError, match=f"--cpu-math int8 cannot be served: .*{reason}"):
-        startup.cpu_kernels(asked(cpu_math="int8", **given), torch.device("cpu"))
+        startup.choose_kernels(asked(cpu_math="int8", **given), torch.device("cpu"))
 
 
 def test_byte_arithmetic_is_refused_where_the_processor_lacks_it(monkeypatch):
@@ -413,4 +418,4 @@ def test_byte_arithmetic_is_refused_where_the_processor_lacks_it(monkeypatch):
 
     monkeypatch.setattr(startup, "load_library", lacking)
     with pytest.raises(SettingsError, match="no dot product of bytes"):
-        startup.cpu_kernels(asked(cpu_math="int8"), torch.device("cpu"))
+        startup.choose_kernels(asked(cpu_math="int8"), torch.device("cpu"))

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from adapters.page_copy import SitePages
 from kernels.cpu import operations
@@ -23,9 +23,9 @@ from server.model.steady import RowOperations
 
 
 class TakesLinears(Protocol):
-    """The product with some sibling linears, or None where these kernels have none for them."""
+    """The product of x in `dtype` with some sibling linears, or None where these kernels have none for them."""
 
-    def __call__(self, members: Sequence[nn.Linear]) -> BaseLinear | None: ...
+    def __call__(self, members: Sequence[nn.Linear], dtype: torch.dtype) -> BaseLinear | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,10 @@ class Kernels:
     linear: TakesLinears
     head: TakesLinears  # the same of the output embedding
     rows: RowOperations | None = None  # norms, gates and rotations, where they have them
+    planned: bool = False  # whether they read a step from tables on the device
 
 
-def _none(members: Sequence[nn.Linear]) -> BaseLinear | None:
+def _none(members: Sequence[nn.Linear], dtype: torch.dtype) -> BaseLinear | None:
     return None
 
 
@@ -69,5 +70,5 @@ def compiled(library: Library) -> Kernels:
     )
 
 
-def _packed(library: Library, members: Sequence[nn.Linear]) -> BaseLinear | None:
+def _packed(library: Library, members: Sequence[nn.Linear], dtype: torch.dtype) -> BaseLinear | None:
     return PackedLinear.of(members, library) if PackedLinear.serves(members) else None

@@ -44,12 +44,12 @@ class DenseLinear:
 
     @classmethod
     def of(cls, members: Sequence[nn.Linear]) -> DenseLinear:
-        weight = torch.cat([member.weight.detach() for member in members])
+        weight = joined([member.weight.detach() for member in members])
         offset = 0
         for member in members:  # the modules keep views, so that the weights exist once
             member.weight = nn.Parameter(weight[offset : offset + member.out_features], requires_grad=False)
             offset += member.out_features
-        return cls(weight, _joined_bias(members, weight.dtype))
+        return cls(weight, joined_bias(members, weight.dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
         return reference.linear(x, self.weight, self.bias)
@@ -116,13 +116,13 @@ class PackedLinear:
             weights = [FourBitWeight.of(cast(Linear4bit, member)) for member in members]
             packed = operations.pack_nf4(
                 library,
-                _joined([weight.packed.flatten() for weight in weights]),
-                _joined([weight.absmax for weight in weights]),
+                joined([weight.packed.flatten() for weight in weights]),
+                joined([weight.absmax for weight in weights]),
                 (sum(weight.shape[0] for weight in weights), weights[0].shape[1]),
             )
         else:
-            packed = operations.pack_plain(library, _joined([member.weight.detach() for member in members]))
-        return cls(library, packed, _joined_bias(members, torch.float32))
+            packed = operations.pack_plain(library, joined([member.weight.detach() for member in members]))
+        return cls(library, packed, joined_bias(members, torch.float32))
 
     def __call__(self, x: Tensor) -> Tensor:
         return operations.linear(self.library, x, self.weight, self.bias)
@@ -137,7 +137,7 @@ class FourBitLinear:
 
     @classmethod
     def of(cls, members: Sequence[Linear4bit], dtype: torch.dtype) -> FourBitLinear:
-        return cls(tuple(FourBitWeight.of(member) for member in members), _joined_bias(members, dtype))
+        return cls(tuple(FourBitWeight.of(member) for member in members), joined_bias(members, dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
         parts = [weight.dequantize(x.dtype) for weight in self.weights]
@@ -156,7 +156,7 @@ class Int8Linear:
     def of(cls, members: Sequence[Linear8bitLt], dtype: torch.dtype) -> Int8Linear:
         weight = torch.cat([member.weight.data for member in members])
         absmax = torch.cat([member.weight.SCB for member in members]).float()
-        return cls(weight, absmax, _joined_bias(members, dtype))
+        return cls(weight, absmax, joined_bias(members, dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
         return reference.int8_linear(x, self.weight, self.absmax, self.bias)
@@ -173,12 +173,12 @@ class ModuleLinear:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def joined(parts: Sequence[Tensor]) -> Tensor:
     """The parts one after the other; a single one without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _joined_bias(members: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | None:
+def joined_bias(members: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | None:
     """The members' biases side by side, zeros where one has none; None when none has."""
     if all(member.bias is None for member in members):
         return None
@@ -188,6 +188,15 @@ def _joined_bias(members: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | N
         for member in members
     ]
     return torch.cat([part.to(dtype) for part in parts])
+
+
+def exact_linear(members: Sequence[nn.Linear], dtype: torch.dtype) -> BaseLinear:
+    """The exact product in plain PyTorch, of whatever kind the members' weights are; `dtype` is what x will have."""
+    if isinstance(members[0], Linear4bit):
+        return FourBitLinear.of(cast(Sequence[Linear4bit], members), dtype)
+    if isinstance(members[0], Linear8bitLt):
+        return Int8Linear.of(cast(Sequence[Linear8bitLt], members), dtype)
+    return DenseLinear.of(members)
 
 
 class Deltas(Protocol):

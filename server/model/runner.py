@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.reference import ROW_TILE
 from kernels.segments import Segment, Span, Spans
 from server.model.context import ForwardContext, forward_context
 from server.model.kv_cache import PADDING_BLOCK, KVCache
@@ -39,22 +38,20 @@ class Runner:
         self.model = servable.model
         self.device = servable.device
         self.cache = cache
-        self.library = servable.library
-        # plain products sum in another order for one row than for sixteen; the compiled ones have one order
-        self.row_tile = 1 if servable.library else ROW_TILE
+        self.kernels = servable.kernels
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> Tensor:  # [wanted, vocabulary] float32
         """Logits of `inputs.logits_rows`, in that order, on the model's device."""
         device = self.device
-        padding = -len(inputs.token_ids) % self.row_tile
+        padding = -len(inputs.token_ids) % self.kernels.row_tile
         rows, wanted = len(inputs.token_ids) + padding, len(inputs.logits_rows)
         host = np.concatenate(
             (
                 np.pad(inputs.token_ids, (0, padding)),
                 np.pad(inputs.positions, (0, padding)),
                 np.pad(inputs.kv_index, (0, padding), constant_values=PADDING_BLOCK),
-                np.pad(inputs.logits_rows, (0, -wanted % self.row_tile)),
+                np.pad(inputs.logits_rows, (0, -wanted % self.kernels.row_tile)),
             )
         )
         sizes = [rows, rows, rows, len(host) - 3 * rows]
@@ -64,7 +61,7 @@ class Runner:
             spans=Spans(inputs.spans, self.cache.block_size, device),
             segments=inputs.segments,
             kv_caches=self.cache.layers,
-            library=self.library,
+            kernels=self.kernels,
         )
         with forward_context(context):
             output = self.model(

@@ -213,9 +213,7 @@ def _turns_halves(function: Callable[..., Any], rows: RowOperations) -> bool:
         turned = function(q, k, cos, sin)
     except (TypeError, ValueError, RuntimeError):  # it asks for other shapes
         return False
-    ours = [
-        rows.rotate(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for x in (q, k)
-    ]
+    ours = [rows.rotate(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for x in (q, k)]
     return isinstance(turned, tuple) and all(map(torch.equal, turned, ours))
 
 
