@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 CPU_TORCH = torch==2.13.0+cpu
 SANITIZE = -std=gnu11 -Wno-psabi -O1 -g -fopenmp -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: help install native sanitize demo test check smoke load bench-cpu gpu-check clean
+.PHONY: help install native sanitize demo test interpret check smoke load bench-cpu gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,15 @@ demo: install  ## start the server on the bundled demo and drive it through the 
 
 test: install  ## all tests that need no GPU
 	$(BIN)/python -m pytest
+
+interpret: $(VENV)/interpret/.installed  ## the GPU kernels under Triton's interpreter, and their machine code; no GPU needed
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/interpret OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/triton
+
+# Beside the environment, not in it: a CPU install has no Triton, and must not need it. 3.6 is what torch 2.11 comes with;
+# its interpreter cannot run loops whose bounds are arguments with numpy 2.4, which the environment has.
+$(VENV)/interpret/.installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --upgrade --no-deps --target $(VENV)/interpret triton==3.6.0 "numpy==2.3.5"
+	@touch $@
 
 sanitize:  ## the C kernels under the address and undefined-behaviour sanitizers
 	@mkdir -p build

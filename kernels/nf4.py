@@ -177,7 +177,7 @@ def _linear_kernel(
         ROWS, COLUMNS, BLOCKS, SPLITS, STAGES, ORDER, ASSEMBLY, CONSTRAINTS,
     )  # fmt: skip
     if plan is not None:
-        lane = split if LANES == SPLITS else tl.where(split == 0, 0, -1)
+        lane = split if LANES == SPLITS else split << 20  # beyond all jobs: the first split does them
         acc = add_jobs(
             acc, v, b, plan, first_row, first_column, lane, LANES, GRANULES, HIDDEN, STARTS, ROWS, COLUMNS, PURE
         )  # fmt: skip

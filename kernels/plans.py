@@ -121,15 +121,17 @@ def _tiles(jobs: _Ints, weights: _Ints, height: int) -> _Ints:  # [tiles, 5]
 
 
 ATTENTION_HEAD = 1  # tiles in use
-ATTENTION_RECORD = 5  # of a tile: first row, end, keys before its first row, first part, first block
+ATTENTION_RECORD = 5  # of a tile: first row, end, keys before its first row, first line, first block
 PART_KEYS = 256  # where parts are at fixed places, they are this long
+TILE_HEIGHT = 32  # rows of a tile at most: one for each of its queries and of the heads that share a key head
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """Tiles of queries of one span each, and the spans' blocks one after the other.
 
-    The rows that pad a bucket are tiles that see no key. A tile's parts are numbered from `first part` on.
+    The rows that pad a bucket are tiles that see no key. A tile has a line for each part of its keys and query, from
+    `first line` on.
 
     `[head | a record per tile | blocks]`
     """
@@ -137,8 +139,9 @@ class AttentionPlan:
     buffer: Tensor  # [size] int32
     rows: int
     tiles: int  # that a launch makes room for
-    parts: int  # of `PART_KEYS` keys, of all tiles together
+    lines: int  # of all tiles together
     queries: int  # of a tile, at most
+    block_size: int  # positions of a block
 
     @staticmethod
     def sizes(rows: int, most_blocks: int) -> int:
@@ -146,8 +149,18 @@ class AttentionPlan:
         return ATTENTION_HEAD + rows * ATTENTION_RECORD + most_blocks
 
     @staticmethod
+    def tile_queries(group: int, longest: int, *, fixed: bool = False) -> int:
+        """Queries of a tile for groups of so many heads, where no span has more than `longest` rows."""
+        return 1 if longest == 1 and not fixed else max(1, TILE_HEIGHT // group)
+
+    @staticmethod
+    def most_lines(rows: int, most_blocks: int, block_size: int) -> int:
+        """The most lines of a bucket of decodes, whose spans have a row each."""
+        return rows + most_blocks * block_size // PART_KEYS
+
+    @staticmethod
     def fill(out: _Ints, spans: Sequence[Span], rows: int, queries: int) -> tuple[int, int, int]:
-        """Write the plan for tiles of `queries` rows; how many int32, tiles and parts are in use."""
+        """Write the plan for tiles of `queries` rows; how many int32, tiles and lines are in use."""
         blocks_at = ATTENTION_HEAD + rows * ATTENTION_RECORD
         table, blocks = np.zeros((0, 4), np.int64), np.zeros(0, np.int32)
         if spans:
@@ -162,12 +175,12 @@ class AttentionPlan:
         row = start[span] + (np.arange(len(span)) - np.repeat(np.cumsum(each) - each, each)) * queries
         ends = np.minimum(row + queries, end_of[span])
         before = np.where(keys[span] > 0, keys[span] - end_of[span] + row, row - ends)
-        parts = -(-(before + ends - row) // PART_KEYS)
-        records = np.stack((row, ends, before, np.cumsum(parts) - parts, first_block[span]), axis=1)
+        lines = -(-(before + ends - row) // PART_KEYS) * (ends - row)
+        records = np.stack((row, ends, before, np.cumsum(lines) - lines, first_block[span]), axis=1)
         out[0] = len(records)
         out[ATTENTION_HEAD : ATTENTION_HEAD + records.size] = records.ravel()
         out[blocks_at : blocks_at + len(blocks)] = blocks
-        return blocks_at + len(blocks), len(records), int(parts.sum())
+        return blocks_at + len(blocks), len(records), int(lines.sum())
 
     @classmethod
     def view(
@@ -175,9 +188,10 @@ class AttentionPlan:
         buffer: Tensor,  # [sizes(rows, most_blocks)] int32
         rows: int,
         queries: int,
+        block_size: int,
         *,
         tiles: int,
-        parts: int,
+        lines: int,
     ) -> AttentionPlan:
-        """The plan in a device buffer; `tiles` and `parts` as `fill` gave them, or the bucket's most in a graph."""
-        return cls(buffer, rows, tiles, parts, queries)
+        """The plan in a device buffer; `tiles` and `lines` as `fill` gave them, or the bucket's most in a graph."""
+        return cls(buffer, rows, tiles, lines, queries, block_size)

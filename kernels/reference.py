@@ -7,6 +7,7 @@ result is the same bits alone and among neighbours (a BLAS picks another summati
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -122,6 +123,40 @@ def expand(
         rows = pad_rows(v[:, member].to(b.dtype))
         out[:, columns] += (rows @ factors[:, columns])[: v.shape[0]].to(y.dtype)
         column += width
+
+
+def rms_norm(
+    x: Tensor,  # [..., width]
+    weight: Tensor,  # [width]
+    epsilon: float,
+) -> Tensor:
+    """`weight * x / sqrt(mean(x^2) + epsilon)` (Zhang and Sennrich 2019), rounded once."""
+    values = x.float()
+    return (weight.float() * values * torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)).to(
+        x.dtype
+    )
+
+
+def gate(
+    activation: Literal["silu", "gelu_tanh"],
+    x: Tensor,  # [..., width]
+    up: Tensor | None = None,  # the same shape
+) -> Tensor:
+    """`activation(x) * up`, or the activation alone, rounded once."""
+    values = x.float()
+    activated = F.silu(values) if activation == "silu" else F.gelu(values, approximate="tanh")
+    return (activated if up is None else activated * up.float()).to(x.dtype)
+
+
+def rotate(
+    x: Tensor,  # [rows, heads, width]
+    cos: Tensor,  # [rows, width]
+    sin: Tensor,  # [rows, width]
+) -> Tensor:  # [rows, heads, width]
+    """`x * cos + rotate_half(x) * sin` (Su et al. 2021, RoPE), rounded once."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x.float() * cos.float()[:, None] + turned * sin.float()[:, None]).to(x.dtype)
 
 
 def write_kv(

@@ -61,7 +61,7 @@ _MOST_SPLITS = 16
 _LEAST_TURNS = 2  # of the loop in a split: its loads are then all under way before the first product
 _PLENTY = 1.9  # programs per processor that keep enough bytes in flight: 23 KB for 4.3 TB/s at 700 ns
 _WEIGHT_BYTES = 0.5625  # a code and its share of an absmax
-_ROW_BYTES = 0.0215  # bytes that come from memory in the time of one row's product with one weight: 4.3 TB/s, 400 TFLOP/s
+_ROW_BYTES = 0.0215  # what memory gives while a row meets a weight: 4.3 TB/s, 400 TFLOP/s
 _SUM_BYTES = 4  # a float32 written and read, by an L2 twice as fast as memory
 
 

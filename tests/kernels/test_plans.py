@@ -120,7 +120,7 @@ def test_every_row_is_in_one_tile_per_page_and_every_job_is_found(rows, padding,
     st.integers(1, 8),
 )
 def test_every_query_is_in_one_tile(chunks, padding, queries):
-    """Tiles hold the rows of one span; the padding's see no key; parts are numbered apart."""
+    """Tiles hold the rows of one span; the padding's see no key; lines are numbered apart."""
     spans, start, block = [], 0, 0
     for count, before in chunks:
         held = -(-(before + count) // 16)
@@ -128,18 +128,18 @@ def test_every_query_is_in_one_tile(chunks, padding, queries):
         start, block = start + count, block + held
     rows = max(1, start + padding)
     out = np.full(AttentionPlan.sizes(rows, block + 3), -1, np.int32)
-    used, tiles, parts = AttentionPlan.fill(out, spans, rows, queries)
+    used, tiles, lines = AttentionPlan.fill(out, spans, rows, queries)
     assert (out[used:] == -1).all(), "written past what is in use"
     records = out[plans.ATTENTION_HEAD : plans.ATTENTION_HEAD + tiles * plans.ATTENTION_RECORD].reshape(
         tiles, -1
     )
     blocks = out[plans.ATTENTION_HEAD + rows * plans.ATTENTION_RECORD : used]
     assert out[0] == tiles
-    next_row = next_part = 0
-    for row, end, before, part, first_block in records.tolist():
-        assert (row, part) == (next_row, next_part)
+    next_row = next_line = 0
+    for row, end, before, line, first_block in records.tolist():
+        assert (row, line) == (next_row, next_line)
         assert row < end <= row + queries
-        next_row, next_part = end, part - (-(before + end - row) // plans.PART_KEYS)
+        next_row, next_line = end, line - (-(before + end - row) // plans.PART_KEYS) * (end - row)
         span = next((span for span in spans if span.start <= row < span.end), None)
         if span is None:
             assert before + end - row == 0
@@ -147,4 +147,4 @@ def test_every_query_is_in_one_tile(chunks, padding, queries):
         assert end <= span.end
         assert before == span.kv_length - span.end + row
         assert blocks[first_block : first_block + len(span.blocks)].tolist() == list(span.blocks)
-    assert (next_row, next_part) == (rows, parts)
+    assert (next_row, next_line) == (rows, lines)

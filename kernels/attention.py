@@ -1,0 +1,311 @@
+"""Attention over paged keys and values on a GPU: decodes and chunks of prompts in one launch.
+
+A program takes a tile of queries of one span with the heads that share a key head, over all keys or a part of them;
+parts are put together by whoever comes last, in their order. All products are 16 x 8 matrix instructions, which sum a
+row in one way whatever the tile's height; the wide ones of Hopper would read weights from registers, which the
+assembler of Triton 3.6 can get wrong. Knows nothing of scheduling: tiles and blocks come from `kernels/plans.py`.
+
+torch's own `varlen_attn` with a block table knows neither softcap nor sinks; one kernel here serves every model. The
+two have not been timed against each other.
+
+Source: Dao et al. 2022 for the running softmax, Dao et al. 2023 (Flash-Decoding) for parts, Kwon et al. 2023 for pages.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import plans, portable
+from kernels.plans import AttentionPlan
+from kernels.workspace import Workspace
+
+HEAD = tl.constexpr(plans.ATTENTION_HEAD)
+RECORD = tl.constexpr(plans.ATTENTION_RECORD)
+# a maximum to start from: finite, so that a tile of hidden keys adds exact zeros
+_FAR_BELOW = tl.constexpr(-1e30)
+
+_FILL = 512  # programs that keep a large GPU busy: where there are fewer tiles, keys are shared out
+_MOST_SPLITS = 64
+_LEAST_PART = tl.constexpr(128)  # keys that are worth a program
+# by width of a head, up to: keys of one turn of the loop, warps, turns in flight; so that no kernel spills
+_TURNS = {64: (128, 4, 3), 128: (64, 4, 3), 256: (32, 8, 2), 512: (32, 8, 2)}
+
+
+@triton.jit
+def _attention_kernel(
+    out: tl.tensor,
+    q: tl.tensor,
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    sinks: tl.tensor,
+    plan: tl.tensor,
+    planes: tl.tensor,
+    counters: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    q_row: tl.tensor,  # strides of q
+    q_head: tl.tensor,
+    ROWS: tl.constexpr,  # of the plan
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads of a key head
+    HEADS: tl.constexpr,  # of them in a tile
+    QUERIES: tl.constexpr,  # of a tile, at most
+    HEIGHT: tl.constexpr,  # rows of a tile, at least QUERIES * HEADS
+    K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    K_ROOM: tl.constexpr,  # powers of two
+    V_ROOM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KEYS: tl.constexpr,  # of one turn of the loop
+    PART: tl.constexpr,  # keys of a part where parts lie at fixed places, else 0
+    SPLITS: tl.constexpr,  # programs that share a tile's parts
+    WINDOW: tl.constexpr,  # 0: none
+    CAPPED: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    tile = tl.program_id(0)
+    lane = tl.program_id(2)
+    if tile >= tl.load(plan):
+        return
+    record = plan + HEAD + tile * RECORD
+    first_row = tl.load(record)
+    count = tl.load(record + 1) - first_row
+    before = tl.load(record + 2)
+    visible = before + count
+    first_key = 0
+    if WINDOW > 0:
+        first_key = tl.maximum(before - WINDOW + 1, 0)
+    if PART > 0:
+        length = PART
+        first_key = first_key // PART * PART
+        slot = tl.load(record + 3)
+    else:
+        first_key = first_key // KEYS * KEYS
+        length = tl.maximum(tl.cdiv(tl.cdiv(visible - first_key, SPLITS), KEYS) * KEYS, _LEAST_PART)
+        slot = tile * SPLITS * QUERIES
+    parts = tl.cdiv(visible - first_key, length)
+    sharers = tl.maximum(tl.minimum(parts, SPLITS), 1)
+    if lane >= sharers:
+        return
+
+    each = tl.arange(0, HEIGHT)
+    query = each // HEADS
+    within = tl.program_id(1) % tl.cdiv(GROUP, HEADS) * HEADS + each % HEADS
+    kv_head = tl.program_id(1) // tl.cdiv(GROUP, HEADS)
+    head = kv_head * GROUP + within
+    mine = (query < count) & (within < GROUP) & (query < QUERIES)
+    at = before + query
+    k_place = tl.arange(0, K_ROOM)
+    queries = tl.load(
+        q + (first_row + query)[:, None].to(tl.int64) * q_row + head[:, None] * q_head + k_place[None, :],
+        mask=mine[:, None] & (k_place < K_WIDTH)[None, :],
+        other=0.0,
+    )
+    blocks = plan + HEAD + ROWS * RECORD + tl.load(record + 4)
+    keys_at = k_cache + kv_head * K_WIDTH
+    values_at = v_cache + kv_head * V_WIDTH
+
+    if sinks is None:
+        highest = tl.full((HEIGHT,), _FAR_BELOW, tl.float32)
+        total = tl.zeros((HEIGHT,), tl.float32)
+    else:
+        highest = tl.load(sinks + head, mask=mine, other=0.0).to(tl.float32)
+        total = tl.full((HEIGHT,), 1.0, tl.float32)
+    summed = tl.zeros((HEIGHT, V_ROOM), tl.float32)
+    v_place = tl.arange(0, V_ROOM)
+    inside = mine[:, None] & (v_place < V_WIDTH)[None, :]
+    # each query has a line per part, and each of its heads a place in it: the sum, the maximum and the total
+    ROOM: tl.constexpr = V_WIDTH + 4
+    lines = ((slot + query) * tl.num_programs(1) + tl.program_id(1)) * HEADS + each % HEADS
+    step = count * tl.num_programs(1) * HEADS
+
+    if SPLITS == 1 and PART == 0:
+        highest, total, summed = _attend(
+            highest, total, summed, queries, keys_at, values_at, blocks, at, first_key, visible, scale, softcap,
+            KV_HEADS, K_WIDTH, V_WIDTH, BLOCK_SIZE, KEYS, WINDOW, CAPPED, STAGES,
+        )  # fmt: skip
+    else:
+        for part in range(lane, parts, SPLITS):
+            low = first_key + part * length
+            part_highest, part_total, part_summed = _attend(
+                tl.full((HEIGHT,), _FAR_BELOW, tl.float32),
+                tl.zeros((HEIGHT,), tl.float32),
+                tl.zeros((HEIGHT, V_ROOM), tl.float32),
+                queries, keys_at, values_at, blocks, at, low, tl.minimum(low + length, visible), scale, softcap,
+                KV_HEADS, K_WIDTH, V_WIDTH, BLOCK_SIZE, KEYS, WINDOW, CAPPED, STAGES,
+            )  # fmt: skip
+            if SPLITS == 1:
+                highest, total, summed = _merge(highest, total, summed, part_highest, part_total, part_summed)
+            else:
+                line = planes + (lines + part * step).to(tl.int64) * ROOM
+                tl.store(line[:, None] + v_place[None, :], part_summed, mask=inside)
+                tl.store(line + V_WIDTH, part_highest, mask=mine)
+                tl.store(line + V_WIDTH + 1, part_total, mask=mine)
+    if SPLITS > 1:
+        tl.debug_barrier()
+        counter = counters + tile * tl.num_programs(1) + tl.program_id(1)
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") < sharers - 1:
+            return
+        for part in range(parts):
+            line = planes + (lines + part * step).to(tl.int64) * ROOM
+            part_summed = tl.load(line[:, None] + v_place[None, :], mask=inside, other=0.0)
+            part_highest = tl.load(line + V_WIDTH, mask=mine, other=0.0)
+            part_total = tl.load(line + V_WIDTH + 1, mask=mine, other=0.0)
+            highest, total, summed = _merge(highest, total, summed, part_highest, part_total, part_summed)
+        tl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
+    result = summed / tl.where(total > 0, total, 1.0)[:, None]
+    row = (first_row + query)[:, None].to(tl.int64) * (KV_HEADS * GROUP) + head[:, None]
+    tl.store(
+        out + row * V_WIDTH + v_place[None, :], portable.narrow(result, out.dtype.element_ty), mask=inside
+    )
+
+
+@triton.jit
+def _attend(
+    highest: tl.tensor,  # [HEIGHT]
+    total: tl.tensor,  # [HEIGHT]
+    summed: tl.tensor,  # [HEIGHT, V_ROOM]
+    queries: tl.tensor,  # [HEIGHT, K_ROOM]
+    keys_at: tl.tensor,
+    values_at: tl.tensor,
+    blocks: tl.tensor,
+    at: tl.tensor,  # [HEIGHT] the key position of each row
+    low: tl.tensor,
+    high: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    KV_HEADS: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> tl.tuple:
+    """The running maximum, total and weighted sum of values after keys `low` to `high`; nothing past them is read."""
+    k_place = tl.arange(0, queries.shape[1])
+    v_place = tl.arange(0, summed.shape[1])
+    for start in tl.range(low, high, KEYS, num_stages=STAGES):
+        key = start + tl.arange(0, KEYS)
+        held = key < high
+        block = tl.load(blocks + key // BLOCK_SIZE, mask=held, other=0).to(tl.int64)
+        place = (block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS
+        keys = tl.load(
+            keys_at + place[:, None] * K_WIDTH + k_place[None, :],
+            mask=held[:, None] & (k_place < K_WIDTH)[None, :],
+            other=0.0,
+        )
+        scores = portable.dot(queries, tl.trans(keys), tl.zeros((queries.shape[0], KEYS), tl.float32)) * scale
+        if CAPPED:  # softcap * tanh(scores / softcap)
+            scores = softcap - 2 * softcap / (tl.exp(2 * scores / softcap) + 1)
+        seen = (key[None, :] <= at[:, None]) & held[None, :]
+        if WINDOW > 0:
+            seen = seen & (key[None, :] > at[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        kept = tl.exp(highest - new_highest)
+        weights = tl.exp(scores - new_highest[:, None])
+        values = tl.load(
+            values_at + place[:, None] * V_WIDTH + v_place[None, :],
+            mask=held[:, None] & (v_place < V_WIDTH)[None, :],
+            other=0.0,
+        )
+        total = total * kept + tl.sum(weights, 1)
+        summed = portable.dot(portable.narrow(weights, values.dtype), values, summed * kept[:, None])
+        highest = new_highest
+    return highest, total, summed
+
+
+@triton.jit
+def _merge(
+    highest: tl.tensor,
+    total: tl.tensor,
+    summed: tl.tensor,
+    part_highest: tl.tensor,
+    part_total: tl.tensor,
+    part_summed: tl.tensor,
+) -> tl.tuple:
+    """The state after one more part."""
+    new_highest = tl.maximum(highest, part_highest)
+    kept = tl.exp(highest - new_highest)
+    taken = tl.exp(part_highest - new_highest)
+    total = total * kept + part_total * taken
+    return new_highest, total, summed * kept[:, None] + part_summed * taken[:, None]
+
+
+def attention(
+    q: Tensor,  # [rows, query heads, k width], a head's numbers side by side
+    k_cache: Tensor,  # [positions, kv heads, k width]
+    v_cache: Tensor,  # [positions, kv heads, v width]
+    plan: AttentionPlan,
+    workspace: Workspace,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,  # [query heads]
+    fixed: bool = False,
+) -> Tensor:  # [rows, query heads, v width]
+    """Causal attention of every tile over its span's blocks; rows of no span come back as zeros.
+
+    Query i sees key k iff k <= i and, with a window w, k > i - w; `softcap * tanh(s / softcap)` bounds the scores
+    (Gemma 2); sinks take part in the softmax without a value (gpt-oss). `fixed`, with a plan of `fixed` tiles: a row's
+    bits are its own, in a chunk of any length and beside any other span.
+    """
+    rows, heads, k_width = q.shape
+    kv_heads, v_width = v_cache.shape[1:]
+    group = heads // kv_heads
+    tile_heads = min(group, plans.TILE_HEIGHT)
+    assert rows <= plan.rows
+    assert plan.queries * tile_heads <= plans.TILE_HEIGHT, "the plan's tiles are too high for such groups"
+    assert q.dtype is k_cache.dtype is v_cache.dtype
+    assert q.stride(2) == 1
+    assert k_cache.is_contiguous()
+    assert v_cache.is_contiguous()
+    out = q.new_empty(rows, heads, v_width)
+    programs = kv_heads * -(-group // tile_heads)
+    splits = _splits(plan.tiles * programs)
+    k_room, v_room = (max(16, triton.next_power_of_2(width)) for width in (k_width, v_width))
+    keys, warps, stages = _TURNS[max(64, k_room, v_room) if q.dtype.itemsize == 2 else 256]
+    lines = (plan.lines if fixed else plan.tiles * splits * plan.queries) * programs * tile_heads
+    _attention_kernel[(plan.tiles, programs, splits)](
+        out,
+        q,
+        k_cache,
+        v_cache,
+        sinks,
+        plan.buffer,
+        workspace.planes(lines * (v_width + 4) if splits > 1 else 0),
+        workspace.counters(plan.tiles * programs if splits > 1 else 0),
+        scale,
+        softcap or 0.0,
+        *q.stride()[:2],
+        ROWS=plan.rows,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        HEADS=tile_heads,
+        QUERIES=plan.queries,
+        HEIGHT=plans.TILE_HEIGHT if fixed or plan.queries * tile_heads > 16 else 16,
+        K_WIDTH=k_width,
+        V_WIDTH=v_width,
+        K_ROOM=k_room,
+        V_ROOM=v_room,
+        BLOCK_SIZE=plan.block_size,
+        KEYS=keys,
+        PART=plans.PART_KEYS if fixed else 0,
+        SPLITS=splits,
+        WINDOW=window or 0,
+        CAPPED=softcap is not None,
+        STAGES=stages,
+        num_warps=warps,
+        enable_fp_fusion=not fixed,
+    )
+    return out
+
+
+def _splits(programs: int) -> int:
+    """Among how many the parts of a tile are shared: a power of two, so that few kernels are compiled."""
+    return int(min(_MOST_SPLITS, triton.next_power_of_2(max(1, _FILL // programs))))

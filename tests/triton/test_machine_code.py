@@ -1,0 +1,123 @@
+"""What the assembler makes of every kernel for sm_80 and sm_90: no spills, no unsafe products, few instructions.
+
+Bounds are what Triton 3.6 gave, and a little. A kernel that goes over one has lost its layout, not just some time.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from kernels.lookup import CONSTRAINTS, assembly
+from kernels.tiles import BUCKETS, Tile, tile_for
+from tests.triton.machine_code import Machine, Request, machine_code
+
+CHIPS = [80, 90]
+TILES = [(capability, rows) for capability in CHIPS for rows in BUCKETS]
+MOST_PER_WEIGHT = {  # instructions of the main loop, all threads'; the prototype's were 4.7, 5.8 and 5.7 on sm_90
+    (80, 16): 4.1, (80, 32): 5.0, (80, 64): 7.0,
+    (90, 16): 3.9, (90, 32): 4.9, (90, 64): 6.0,
+}  # fmt: skip
+MOST_PER_JOB = 80  # instructions of a turn of the loop over jobs; the prototype's was 66, at 16 rows
+
+
+@dataclass(frozen=True)
+class Compiled:
+    requests: dict[str, Request]
+    machines: dict[str, Machine]
+
+
+def tile_of(capability: int, rows: int) -> Tile:
+    return tile_for(6144, 4096, rows, (capability // 10, capability % 10))
+
+
+def linear(tile: Tile, capability: int, half: str) -> Request:
+    """With bias, splits and jobs: all that it can hold at once."""
+    pointers = dict.fromkeys(("y", "x", "bias", "v", "b"), {"bfloat16": "*bf16", "float16": "*fp16"}[half])
+    pointers |= dict.fromkeys(("absmax_t", "code", "planes"), "*fp32")
+    pointers |= {"packed": "*u8", "plan": "*i32", "counters": "*i32"}
+    numbers = {"first": "i32:16", "end": "i32", "out": "i32:16", "row_bytes": "i32:16"}
+    constants = {
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "BLOCKS": tile.blocks,
+        "SPLITS": tile.splits,
+        "STAGES": tile.stages,
+        "ORDER": tile.order,
+        "ASSEMBLY": assembly(tile.lookup, half),
+        "CONSTRAINTS": CONSTRAINTS,
+        "LANES": tile.splits,
+        "GRANULES": 4,
+        "HIDDEN": 64,
+        "STARTS": [0, 4096, 5120, 6144],
+        "PURE": True,
+    }
+    return Request("kernels.nf4:_linear_kernel", pointers | numbers, constants, tile.warps, 3, capability)
+
+
+def dequantize(capability: int) -> Request:
+    pointers = {"packed": "*u8", "absmax_t": "*fp32", "code": "*fp32", "dense": "*bf16"}
+    numbers = {"out": "i32:16", "row_bytes": "i32:16"}
+    constants = {"ROWS": 32, "BLOCKS": 4}
+    return Request("kernels.nf4_decode:_dequantize_kernel", pointers | numbers, constants, 4, 3, capability)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    requests = {}
+    for capability in CHIPS:
+        requests[f"dequantize {capability}"] = dequantize(capability)
+        for rows in BUCKETS:
+            requests[f"linear {capability} {rows}"] = linear(
+                tile_of(capability, rows), capability, "bfloat16"
+            )
+    requests["half"] = linear(tile_of(80, 16), 80, "float16")
+    requests["permute"] = linear(replace(tile_of(90, 16), lookup="permute"), 90, "bfloat16")
+    return Compiled(requests, dict(zip(requests, machine_code(list(requests.values())), strict=True)))
+
+
+def test_nothing_spills_and_no_product_is_unsafe(compiled):
+    for name, machine in compiled.machines.items():
+        assert machine.spills == 0, name
+        assert machine.wgmma_from_registers == 0, name
+
+
+@pytest.mark.parametrize(("capability", "rows"), TILES)
+def test_instructions_per_weight(compiled, capability, rows):
+    tile, machine = tile_of(capability, rows), compiled.machines[f"linear {capability} {rows}"]
+    weights = tile.columns * tile.blocks * 64 / (tile.warps * 32)  # of one thread, in a turn of the loop
+    assert sum(machine.main_loop.values()) / weights <= MOST_PER_WEIGHT[capability, rows]
+
+
+@pytest.mark.parametrize(("capability", "rows"), TILES)
+def test_weights_are_read_ahead_and_looked_up_by_shuffles(compiled, capability, rows):
+    tile, machine = tile_of(capability, rows), compiled.machines[f"linear {capability} {rows}"]
+    assert machine.main_loop["LDGSTS"] >= 3 * tile.blocks, (
+        "codes, absmax and x go to shared memory by themselves"
+    )
+    assert "LDG" not in machine.main_loop
+    assert machine.main_loop["SHFL"] == tile.columns * tile.blocks * 64 // (tile.warps * 32)
+    assert (machine.wgmma > 0) == (capability == 90 and rows == 64)
+
+
+@pytest.mark.parametrize(("capability", "rows"), TILES)
+def test_a_job_costs_little(compiled, capability, rows):
+    machine = compiled.machines[f"linear {capability} {rows}"]
+    shuffling = [loop for loop in machine.loops if "SHFL" in loop]
+    jobs = [loop for loop in machine.loops if {"HMMA", "HGMMA"} & loop.keys() and "SHFL" not in loop]
+    assert len(shuffling) == 1
+    assert len(jobs) == 1
+    assert sum(jobs[0].values()) <= MOST_PER_JOB
+
+
+def test_programs_fit_beside_each_other(compiled):
+    """Four on a processor of Hopper at 16 rows, three at 32, two at 64: enough loads in flight."""
+    for rows, together in ((16, 4), (32, 3), (64, 2)):
+        machine = compiled.machines[f"linear 90 {rows}"]
+        assert (machine.registers + 7) // 8 * 8 * 128 * together <= 65536
+        assert (machine.shared + 1024) * together <= 227 * 1024
+
+
+def test_dequantizing_is_short(compiled):
+    for capability in CHIPS:
+        loop = compiled.machines[f"dequantize {capability}"].main_loop
+        assert sum(loop.values()) <= 12 * 32 * 64 / 128

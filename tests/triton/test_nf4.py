@@ -1,0 +1,203 @@
+"""NF4 products against their twin, with and without adapters' deltas, whatever the tile."""
+
+from dataclasses import replace
+
+import bitsandbytes.functional as bnb
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import lora, nf4, reference
+from kernels.lora import ExpandJobs
+from kernels.nf4 import NF4Weight, linear
+from kernels.nf4_decode import dequantize
+from kernels.plans import DeltaPlan
+from kernels.segments import Segment, segments_of
+from kernels.tiles import CROSSOVER_ROWS, Tile
+from kernels.workspace import Workspace
+from tests.kernels.naive import PAGE_RANK, add_deltas, relative_error
+
+DTYPES = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}
+SHAPES = {"one block": (16, 64), "odd": (77, 192), "two tiles": (160, 512), "uneven splits": (24, 320)}
+TILES = {
+    "one pass": Tile(16, 32, 1, 4, 2, "split"),
+    "two blocks a turn": Tile(16, 64, 2, 4, 3, "split"),
+    "split in 4": Tile(16, 32, 1, 4, 4, "split", splits=4),
+    "joined": Tile(64, 32, 1, 4, 3, "join", splits=2),
+    "more splits than blocks": Tile(16, 64, 1, 4, 2, "join", splits=8),
+}
+
+
+def weight_of(out: int, width: int) -> tuple[NF4Weight, Tensor]:  # and its values in float64
+    packed = torch.randint(0, 256, (out * width // 2, 1), dtype=torch.uint8)
+    absmax = torch.rand(out * width // 64) + 0.05
+    weight = NF4Weight.of(packed, absmax, (out, width))
+    return weight, reference.dequantize_nf4(packed, absmax, weight.code, (out, width)).double()
+
+
+@pytest.fixture
+def workspace():
+    held = Workspace("cpu")
+    yield held
+    held.check()
+
+
+@pytest.mark.parametrize("rows", [1, 21, 40])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_the_twin(dtype, shape, rows, workspace):
+    weight, exact = weight_of(*shape)
+    x, bias = torch.randn(rows, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+    assert relative_error(linear(x, weight, bias, workspace), x.double() @ exact.T + bias) < DTYPES[dtype]
+
+
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+@pytest.mark.parametrize(("shape", "rows"), [((77, 320), 5), ((40, 128), 70)], ids=["odd", "tall"])
+def test_any_tile_gives_the_product(tile, shape, rows, workspace):
+    weight, exact = weight_of(*shape)
+    if shape[1] // 64 % tile.blocks:
+        tile = replace(tile, blocks=1)
+    x, bias = torch.randn(rows, shape[1]), torch.randn(shape[0])
+    results = []
+    for _ in range(2):  # the second finds the counters where the first left them
+        y = x.new_empty(rows, shape[0])
+        nf4.launch(y, x, weight, bias, workspace, tile, (0, rows))
+        results.append(y)
+    assert relative_error(results[0], x.double() @ exact.T + bias) < 1e-6
+    assert torch.equal(*results)
+
+
+def test_many_rows_multiply_by_the_dequantized_weight(workspace):
+    weight, exact = weight_of(24, 64)
+    x, bias = torch.randn(CROSSOVER_ROWS + 1, 64), torch.randn(24)
+    assert relative_error(linear(x, weight, bias, workspace), x.double() @ exact.T + bias) < 1e-6
+    assert torch.equal(linear(x, weight, None, workspace), torch.mm(x, dequantize(weight, x.dtype).t()))
+    assert nf4.folds(CROSSOVER_ROWS, fixed=False)
+    assert not nf4.folds(len(x), fixed=False)
+    assert nf4.folds(len(x), fixed=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 64), (45, 320)], ids=str)
+def test_dequantizes_exactly(shape, dtype):
+    weight, exact = weight_of(*shape)
+    assert torch.equal(dequantize(weight, dtype), exact.to(torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_reads_what_bitsandbytes_wrote(nested, workspace):
+    original = torch.randn(96, 192)
+    packed, state = bnb.quantize_4bit(original, quant_type="nf4", compress_statistics=nested)
+    absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if nested else state.absmax
+    weight = NF4Weight.of(packed, absmax, (96, 192))
+    assert torch.equal(weight.code, state.code)
+    theirs = bnb.dequantize_4bit(packed, state)
+    assert torch.equal(dequantize(weight, torch.float32), theirs)
+    x = torch.randn(3, 192)
+    assert relative_error(linear(x, weight, None, workspace), x.double() @ theirs.T.double()) < 1e-6
+
+
+def test_bytes_of_another_shape_are_refused():
+    packed, absmax = torch.zeros(64, dtype=torch.uint8), torch.ones(2)
+    with pytest.raises(ValueError, match="no multiple of 64"):
+        NF4Weight.of(packed, absmax, (4, 32))
+    with pytest.raises(ValueError, match="given 64 and 2"):
+        NF4Weight.of(packed, absmax, (4, 64))
+    assert NF4Weight.of(packed.view(torch.bfloat16), absmax, (2, 64)).packed.dtype is torch.uint8
+
+
+class Adapted:
+    """A weight of sibling members, a pool of pages, and rows that read them."""
+
+    def __init__(self, rows, widths, width, dtype, fixed=False):
+        self.widths, self.fixed = widths, fixed
+        self.weight, self.exact = weight_of(sum(widths), width)
+        self.x = torch.randn(sum(count for count, _, _ in rows), width).to(dtype)
+        self.a = (torch.randn(7, len(widths), PAGE_RANK, width) / 8).to(dtype)
+        self.b = torch.randn(7, PAGE_RANK, sum(widths)).to(dtype)
+        self.scale = torch.rand(7, len(widths)) + 0.5
+        self.segments = segments_of(rows)
+
+    def naive(self) -> Tensor:
+        base = self.x.double() @ self.exact.T
+        return add_deltas(base, self.x, self.a, self.b, self.scale, self.widths, self.segments)
+
+    def ours(self, workspace, first=0, end=None, tile=None) -> Tensor:
+        """Rows `first:end` alone, by `linear` or with one tile."""
+        x = self.x[first:end].contiguous()
+        plan = self.plan(first, first + len(x))
+        v = lora.shrink(x, self.a, self.scale, plan, workspace, fixed=self.fixed)
+        jobs = ExpandJobs(plan, self.widths)
+        if tile is None:
+            return linear(x, self.weight, None, workspace, fixed=self.fixed, jobs=jobs, v=v, b=self.b)
+        y = x.new_empty(len(x), sum(self.widths))
+        span = (0, len(x))
+        nf4.launch(
+            y, x, self.weight, None, workspace, tile, span, lanes=tile.splits, jobs=jobs, v=v, b=self.b
+        )
+        return y
+
+    def plan(self, first: int, end: int) -> DeltaPlan:
+        cut = [
+            Segment(max(s.start, first) - first, min(s.end, end) - first, s.pages, s.weights)
+            for s in self.segments
+            if s.start < end and s.end > first
+        ]
+        most = max((len(segment.pages) for segment in cut), default=1)
+        table = np.zeros(DeltaPlan.sizes(end - first, most), np.int32)
+        used = DeltaPlan.fill(table, cut, end - first, fixed=self.fixed)
+        return DeltaPlan.view(torch.from_numpy(table), end - first, most, used=used, fixed=self.fixed)
+
+
+ROWS = [
+    (3, (4, 1), (1.0, 0.5)),
+    (2, (), ()),
+    (17, (5,), (1.0,)),
+    (1, (0, 6, 2), (0.25, 0.5, 0.25)),
+    (1, (), ()),
+    (4, (5,), (1.0,)),
+]
+
+
+@pytest.mark.parametrize("widths", [(64, 128), (70, 30, 21)], ids=["pure", "straddling"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_folds_the_deltas_in(dtype, widths, workspace):
+    adapted = Adapted(ROWS, widths, 128, dtype)
+    assert relative_error(adapted.ours(workspace), adapted.naive()) < 2 * DTYPES[dtype]
+
+
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+def test_folds_the_deltas_in_with_any_tile(tile, workspace):
+    adapted = Adapted(ROWS, (70, 30, 21), 128, torch.float32)
+    assert relative_error(adapted.ours(workspace, tile=tile), adapted.naive()) < 2e-6
+
+
+def test_takes_no_jobs_where_it_dequantizes(workspace):
+    adapted = Adapted([(CROSSOVER_ROWS + 1, (3,), (1.0,))], (16,), 64, torch.float32)
+    with pytest.raises(AssertionError, match="expand"):
+        adapted.ours(workspace)
+
+
+def test_base_rows_have_the_bits_of_the_base_product(workspace):
+    adapted = Adapted(ROWS, (70, 30, 21), 128, torch.bfloat16, fixed=True)
+    base = linear(adapted.x, adapted.weight, None, workspace, fixed=True)
+    assert torch.equal(adapted.ours(workspace)[3:5], base[3:5])
+
+
+def test_fixed_rows_have_the_same_bits_in_any_number(workspace):
+    weight, _ = weight_of(24, 256)
+    x, bias = torch.randn(CROSSOVER_ROWS + 9, 256).bfloat16(), torch.randn(24).bfloat16()
+    whole = linear(x, weight, bias, workspace, fixed=True)
+    for rows in range(1, 71):
+        assert torch.equal(linear(x[:rows], weight, bias, workspace, fixed=True), whole[:rows]), rows
+    last = linear(x[-9:].contiguous(), weight, bias, workspace, fixed=True)
+    assert torch.equal(last, whole[-9:])
+
+
+def test_fixed_rows_with_deltas_have_the_same_bits_alone(workspace):
+    adapted = Adapted(ROWS, (70, 58), 256, torch.bfloat16, fixed=True)
+    whole = adapted.ours(workspace)
+    for row in range(len(whole)):
+        assert torch.equal(adapted.ours(workspace, row, row + 1), whole[row : row + 1]), row
+    assert torch.equal(adapted.ours(workspace, 7, 25), whole[7:25])
