@@ -221,9 +221,9 @@ def make_runner(
         return Runner(servable, cache)
     pages = min(-(-settings.max_lora_rank // PAGE_RANK), max(plan.pages.values()))
     sizes = GraphSizes(settings.max_num_seqs, plan.max_model_len, pages)
-    return DeviceRunner(
-        servable, cache, sizes=None if settings.enforce_eager else sizes, fixed=settings.batch_invariant
-    )
+    fixed = settings.batch_invariant
+    layouts = sizes.layouts(servable.layout.groups, cache, servable.query_group, fixed)
+    return DeviceRunner(servable, cache, layouts=[] if settings.enforce_eager else layouts, fixed=fixed)
 
 
 def capture_graphs(runner: DeviceRunner, serving: Serving) -> None:

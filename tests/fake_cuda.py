@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 
 class FakeCuda:
@@ -85,3 +86,24 @@ class FakeCuda:
             yield
         finally:
             self.capturing = None
+
+
+@contextmanager
+def fake_device() -> Iterator[FakeCuda]:
+    """The server's code for a GPU runs on the CPU: what a graph captures is run again when it is replayed."""
+    from server.model.graphs import Graphs
+
+    fake, step = FakeCuda(), Graphs._step
+
+    def noted(graphs: Graphs, layout: Any) -> None:
+        if fake.capturing is not None:
+            fake.capturing.work.append(lambda: step(graphs, layout))
+        step(graphs, layout)
+
+    with (
+        patch("server.model.device_runner.cuda", fake),
+        patch("server.model.graphs.cuda", fake),
+        patch("adapters.side_stream.cuda", fake),
+        patch.object(Graphs, "_step", noted),
+    ):
+        yield fake

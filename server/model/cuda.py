@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adapters.page_copy import SitePages
 from kernels import attention as paged
-from kernels import lora, nf4, reference
+from kernels import lora, nf4, rows
 from kernels.lora import ExpandJobs
 from kernels.nf4 import NF4Weight
 from kernels.tiles import BLOCK, FIXED_ROWS
@@ -26,6 +26,9 @@ from kernels.workspace import Workspace
 from server.model.context import ForwardContext, StepPlans
 from server.model.kernel_set import Kernels, plain
 from server.model.linear import BaseLinear, DenseLinear, FourBitWeight, exact_linear, joined, joined_bias
+from server.model.steady import RowOperations
+
+_FLOATS = frozenset({torch.bfloat16, torch.float32})
 
 
 def cuda_kernels(device: torch.device, *, fixed: bool) -> Kernels:
@@ -39,6 +42,7 @@ def cuda_kernels(device: torch.device, *, fixed: bool) -> Kernels:
         deltas=partial(TritonDeltas, workspace, fixed),
         linear=partial(_linear, workspace, fixed),
         head=partial(_head, fixed),
+        rows=RowOperations(_FLOATS, rows.rms_norm, rows.gate, rows.rotate),
         planned=True,
     )
 
@@ -111,8 +115,8 @@ class FixedRows:
 
     def __call__(self, x: Tensor) -> Tensor:
         parts = [
-            self.base(F.pad(rows, (0, 0, 0, FIXED_ROWS - len(rows))))[: len(rows)]
-            for rows in x.split(FIXED_ROWS)
+            self.base(F.pad(part, (0, 0, 0, FIXED_ROWS - len(part))))[: len(part)]
+            for part in x.split(FIXED_ROWS)
         ]
         return joined(parts)
 
@@ -144,13 +148,11 @@ def _attend(
     sinks: Tensor | None,
 ) -> Tensor:
     k_cache, v_cache = context.kv_caches[layer]
-    reference.write_kv(k_cache, k, context.kv_index)
-    reference.write_kv(v_cache, v, context.kv_index)
+    rows.write_kv(k_cache, v_cache, k, v, context.kv_index, len(k))
     return paged.attention(
         q,
         k_cache,
         v_cache,
-        context.spans.block_size,
         _plans(context).attention,
         workspace,
         scale=scale,

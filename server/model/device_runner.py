@@ -6,7 +6,7 @@ While the device runs, nothing here waits for it: inputs go over from pinned mem
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, cuda
 
 from kernels.segments import Spans
 from server.model.context import ForwardContext, forward_context
-from server.model.graphs import Graphs, GraphSizes
+from server.model.graphs import Graphs
 from server.model.kv_cache import KVCache
 from server.model.runner import StepInputs
 from server.model.servable import ServableModel
@@ -46,20 +46,17 @@ class DeviceRunner:
         servable: ServableModel,
         cache: KVCache,
         *,
-        sizes: GraphSizes | None,  # of the steps to capture; None: all run as they come
-        fixed: bool,
+        layouts: Sequence[StepLayout] = (),  # of the steps to capture; all others run as they come
+        fixed: bool = False,
     ) -> None:
         self.model = servable.model
         self.device = servable.device
         self.cache = cache
         self.kernels = servable.kernels
         self.fixed = fixed
-        self.group = max(layer.group for layer in servable.attention)
+        self.group = servable.query_group
         self._outgoing = itertools.cycle((_Outgoing(), _Outgoing()))
-        self._graphs = None
-        if sizes is not None:
-            layouts = sizes.layouts(servable.layout.groups, cache, self.group, fixed)
-            self._graphs = Graphs(self._run, layouts, servable.vocab_size, self.device)
+        self._graphs = Graphs(self._run, layouts, servable.vocab_size, self.device) if layouts else None
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None]) -> None:

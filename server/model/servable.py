@@ -60,6 +60,11 @@ class ServableModel:
     def vocab_size(self) -> int:
         return int(self.model.config.get_text_config(decoder=True).vocab_size)
 
+    @property
+    def query_group(self) -> int:
+        """Query heads that share a key head, in the layer where most do."""
+        return max(layer.group for layer in self.attention)
+
     def attach(self, pages: Sequence[SitePages]) -> None:
         """Give each group the pool's pages of its site."""
         for group, site_pages in zip(self.groups, pages, strict=True):

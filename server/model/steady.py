@@ -177,7 +177,11 @@ def install_compiled_rotation(model: nn.Module, rows: RowOperations) -> None:
     """
     modeling = sys.modules[type(model).__module__]
     original = getattr(modeling, "apply_rotary_pos_emb", None)
-    if original is None or hasattr(original, "original") or not _turns_halves(original, rows):
+    if (
+        original is None
+        or hasattr(original, "original")
+        or not _turns_halves(original, rows, cast(torch.device, model.device))
+    ):
         return
 
     def apply_rotary_pos_emb(
@@ -202,19 +206,24 @@ def install_compiled_rotation(model: nn.Module, rows: RowOperations) -> None:
     modeling.apply_rotary_pos_emb = apply_rotary_pos_emb  # type: ignore[attr-defined]
 
 
-def _turns_halves(function: Callable[..., Any], rows: RowOperations) -> bool:
-    """Whether it gives the same bits as ours on heads of [1, heads, rows, width]."""
+def _turns_halves(function: Callable[..., Any], rows: RowOperations, device: torch.device) -> bool:
+    """Whether it gives the same as ours on heads of [1, heads, rows, width]."""
     if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
     seeded = torch.Generator().manual_seed(0)
-    q, k = torch.randn(1, 3, 5, 8, generator=seeded), torch.randn(1, 2, 5, 8, generator=seeded)
-    cos, sin = torch.randn(2, 1, 5, 8, generator=seeded).unbind()
+    q, k = (torch.randn(1, heads, 5, 8, generator=seeded).to(device) for heads in (3, 2))
+    cos, sin = torch.randn(2, 1, 5, 8, generator=seeded).to(device).unbind()
     try:
         turned = function(q, k, cos, sin)
     except (TypeError, ValueError, RuntimeError):  # it asks for other shapes
         return False
     ours = [rows.rotate(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for x in (q, k)]
-    return isinstance(turned, tuple) and all(map(torch.equal, turned, ours))
+    return isinstance(turned, tuple) and all(map(_same, turned, ours))
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    """Within what one rounding more or less makes of float32."""
+    return torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
@@ -231,11 +240,12 @@ def _compiled_norm(original: nn.Module, rows: RowOperations) -> CompiledRMSNorm 
         return None
     seeded = torch.Generator().manual_seed(0)
     x = torch.randn(4, len(weight), generator=seeded) * torch.tensor([[1e-3], [0.1], [1.0], [30.0]])
+    x = x.to(weight.device)
     with torch.no_grad():
         want = original(x)
         for factor in (weight.detach(), 1 + weight.detach()):
             twin = CompiledRMSNorm(rows, factor.float(), epsilon)
-            if torch.allclose(twin(x), want, rtol=1e-5, atol=1e-6):
+            if _same(twin(x), want):
                 return twin
     return None
 
@@ -246,7 +256,8 @@ def _is_gated_mlp(original: nn.Module, rows: RowOperations) -> bool:
     if not isinstance(activation, SteadySiLU | SteadyGELUTanh):
         return False
     seeded = torch.Generator().manual_seed(0)
-    gate, up = torch.randn(2, 3, 16, generator=seeded).unbind()
+    device = next(original.parameters()).device
+    gate, up = torch.randn(2, 3, 16, generator=seeded).to(device).unbind()
     trial = copy.copy(original)
     stand_ins = {
         "gate_proj": _Answer(gate),
@@ -256,7 +267,7 @@ def _is_gated_mlp(original: nn.Module, rows: RowOperations) -> bool:
     }
     trial.__dict__["_modules"] = stand_ins
     with torch.no_grad():
-        return torch.equal(trial(torch.zeros(3, 16)), rows.gate(activation.kind, gate, up))
+        return _same(trial(torch.zeros(3, 16, device=device)), rows.gate(activation.kind, gate, up))
 
 
 class _Answer(nn.Module):

@@ -132,6 +132,7 @@ class StepLayout:
             buffer[self._places[None] :],
             self.rows,
             self.queries,
+            self.block_size,
             tiles=filled.attention_tiles if filled else self.rows,
             lines=filled.attention_lines if filled else lines,
         )

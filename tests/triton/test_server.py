@@ -1,4 +1,4 @@
-"""The server's code for a GPU on the CPU: Triton's interpreter runs the kernels, a recorder stands for streams and graphs.
+"""The server's code for a GPU on the CPU: the interpreter runs its kernels, a recorder stands for streams and graphs.
 
 What is shown: the same logits as the CPU's own path, replayed steps equal to eager ones, and nothing waited for.
 """
@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from adapters.pool import Pool
 from kernels.segments import Segment, Span
 from server.model.cuda import TritonLinear, cuda_kernels
 from server.model.device_runner import DeviceRunner
-from server.model.graphs import Graphs, GraphSizes
+from server.model.graphs import GraphSizes
 from server.model.kernel_set import plain
 from server.model.kv_cache import KVCache
 from server.model.runner import Runner, StepInputs
 from server.model.servable import make_servable
 from tests.equivalence.models import held_model
-from tests.fake_cuda import FakeCuda
+from tests.fake_cuda import fake_device
 from tests.model.tiny import SIZES, make_model
 
 CPU = torch.device("cpu")
@@ -24,20 +25,10 @@ BLOCK, BLOCKS, PAGES = 16, 24, 6
 
 
 @pytest.fixture
-def cuda(monkeypatch):
-    """A recorder in place of torch.cuda; what a graph captures is run again when it is replayed."""
-    fake = FakeCuda()
-    for module in ("device_runner", "graphs"):
-        monkeypatch.setattr(f"server.model.{module}.cuda", fake)
-    step = Graphs._step
-
-    def noted(self, layout):
-        if fake.capturing is not None:
-            fake.capturing.work.append(lambda: step(self, layout))
-        step(self, layout)
-
-    monkeypatch.setattr(Graphs, "_step", noted)
-    return fake
+def cuda():
+    """A recorder in place of torch.cuda."""
+    with fake_device() as fake:
+        yield fake
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +42,6 @@ def folder(tmp_path_factory):
 def servable_of(folder, kernels, how="nf4"):
     """One base, its pages of adapters filled with the same numbers whoever computes."""
     servable = make_servable(held_model(folder, how), kernels=kernels)
-    from adapters.pool import Pool
-
     pool = Pool(servable.layout, dict.fromkeys(servable.layout.groups, PAGES), servable.dtype, CPU)
     generator = torch.Generator().manual_seed(4)
     for site in pool.sites:
@@ -101,7 +90,9 @@ def decodes(lengths, groups, adapters=True):
 
 
 def device_runner(servable, sizes=None, fixed=False):
-    return DeviceRunner(servable, cache_of(servable), sizes=sizes, fixed=fixed)
+    cache = cache_of(servable)
+    layouts = sizes.layouts(servable.layout.groups, cache, servable.query_group, fixed) if sizes else ()
+    return DeviceRunner(servable, cache, layouts=layouts, fixed=fixed)
 
 
 LENGTHS = [2, 5, 1]
@@ -135,7 +126,9 @@ def test_a_replay_gives_the_bits_of_the_step_run_as_it_comes(folder, cuda, monke
     graphed.capture(lambda done, total: told.append((done, total)))
     graphs = len(graphed._graphs._graphs)
     assert told == [(i + 1, graphs) for i in range(graphs)]
-    assert [e[0] for e in cuda.log].count("capture") == graphs == 3, "without adapters, with one page, with two"
+    assert [e[0] for e in cuda.log].count("capture") == graphs == 3, (
+        "without adapters, with one page, with two"
+    )
     first, second = prompts(LENGTHS, groups, adapters), decodes(LENGTHS, groups, adapters)
     for runner in (eager, graphed):
         runner.forward(first)
@@ -177,7 +170,9 @@ def test_a_rows_bits_are_its_own_where_that_is_asked_for(folder, cuda):
         rows = slice(first, first + length)
         mine = {
             group: tuple(
-                Segment(s.start - first, s.end - first, s.pages, s.weights) for s in segments if s.start == first
+                Segment(s.start - first, s.end - first, s.pages, s.weights)
+                for s in segments
+                if s.start == first
             )
             for group, segments in whole.segments.items()
         }
