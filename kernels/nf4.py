@@ -123,16 +123,16 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _constants(jobs: ExpandJobs | None, tile: Tile) -> dict[str, Any]:
     """What the kernel is compiled for beside its tile: see `add_jobs`."""
     if jobs is None:
-        return {"GRANULES": 0, "HIDDEN": 0, "STARTS": (0,), "PURE": False}
+        return {"granules": 0, "v_width": 0, "STARTS": (0,), "PURE": False}
     return {
-        "GRANULES": jobs.granules,
-        "HIDDEN": jobs.plan.hidden,
+        "granules": jobs.granules,
+        "v_width": jobs.plan.hidden,
         "STARTS": jobs.starts,
         "PURE": jobs.pure(tile.columns),
     }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "end", "granules"])  # they vary from step to step
 def _linear_kernel(
     y: tl.tensor,  # [.., out]
     x: tl.tensor,  # [.., in]
@@ -158,8 +158,8 @@ def _linear_kernel(
     ASSEMBLY: tl.constexpr,
     CONSTRAINTS: tl.constexpr,
     LANES: tl.constexpr,
-    GRANULES: tl.constexpr,
-    HIDDEN: tl.constexpr,
+    granules: tl.tensor,
+    v_width: tl.tensor,
     STARTS: tl.constexpr,
     PURE: tl.constexpr,
 ) -> None:
@@ -179,7 +179,7 @@ def _linear_kernel(
     if plan is not None:
         lane = split if LANES == SPLITS else split << 20  # beyond all jobs: the first split does them
         acc = add_jobs(
-            acc, v, b, plan, first_row, first_column, lane, LANES, GRANULES, HIDDEN, STARTS, ROWS, COLUMNS, PURE
+            acc, v, b, plan, first_row, first_column, lane, LANES, granules, v_width, STARTS, ROWS, COLUMNS, PURE
         )  # fmt: skip
     if SPLITS > 1:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)

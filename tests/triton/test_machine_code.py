@@ -35,7 +35,8 @@ def linear(tile: Tile, capability: int, half: str) -> Request:
     pointers = dict.fromkeys(("y", "x", "bias", "v", "b"), {"bfloat16": "*bf16", "float16": "*fp16"}[half])
     pointers |= dict.fromkeys(("absmax_t", "code", "planes"), "*fp32")
     pointers |= {"packed": "*u8", "plan": "*i32", "counters": "*i32"}
-    numbers = {"first": "i32:16", "end": "i32", "out": "i32:16", "row_bytes": "i32:16"}
+    numbers = {"first": "i32", "end": "i32", "granules": "i32"}
+    numbers |= dict.fromkeys(("v_width", "out", "row_bytes"), "i32:16")
     constants = {
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
@@ -46,8 +47,6 @@ def linear(tile: Tile, capability: int, half: str) -> Request:
         "ASSEMBLY": assembly(tile.lookup, half),
         "CONSTRAINTS": CONSTRAINTS,
         "LANES": tile.splits,
-        "GRANULES": 4,
-        "HIDDEN": 64,
         "STARTS": [0, 4096, 5120, 6144],
         "PURE": True,
     }
