@@ -33,7 +33,7 @@ _LEAST_PART = tl.constexpr(128)  # keys that are worth a program
 _TURNS = {64: (128, 4, 3), 128: (64, 4, 3), 256: (32, 8, 2), 512: (32, 8, 2)}
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _attention_kernel(
     out: tl.tensor,
     q: tl.tensor,
@@ -47,7 +47,7 @@ def _attention_kernel(
     softcap: tl.tensor,
     q_row: tl.tensor,  # strides of q
     q_head: tl.tensor,
-    rows: tl.tensor,  # of the plan
+    ROWS: tl.constexpr,  # of the plan
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of a key head
     HEADS: tl.constexpr,  # of them in a tile
@@ -103,7 +103,7 @@ def _attention_kernel(
         mask=mine[:, None] & (k_place < K_WIDTH)[None, :],
         other=0.0,
     )
-    blocks = plan + HEAD + rows * RECORD + tl.load(record + 4)
+    blocks = plan + HEAD + ROWS * RECORD + tl.load(record + 4)
     keys_at = k_cache + kv_head * K_WIDTH
     values_at = v_cache + kv_head * V_WIDTH
 
@@ -283,7 +283,7 @@ def attention(
         scale,
         softcap or 0.0,
         *q.stride()[:2],
-        rows=plan.rows,
+        ROWS=plan.rows,
         KV_HEADS=kv_heads,
         GROUP=group,
         HEADS=tile_heads,

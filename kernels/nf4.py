@@ -7,7 +7,6 @@ is applied to the sums of a block. Knows nothing of models, of adapters' names o
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -19,7 +18,7 @@ from kernels.lora import ExpandJobs, add_jobs
 from kernels.nf4_decode import NF4Weight as NF4Weight
 from kernels.nf4_decode import dequantize_into
 from kernels.portable import dot, look_up, narrow
-from kernels.tiles import CROSSOVER_ROWS, FIXED_ROWS, Tile, tile_for
+from kernels.tiles import BUCKETS, CROSSOVER_ROWS, FIXED_ROWS, Tile, tile_for
 from kernels.workspace import Workspace
 
 _HALVES: dict[torch.dtype, Half] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -44,7 +43,8 @@ def linear(
     """`y = x @ W.T + bias`, and with jobs `y[t, member m's columns] += v[t, m] @ b[pages]`: all rounded once.
 
     The same rows give the same bits, always. `fixed`: tiles and splits depend on the weight's shape alone, so that a
-    row has the same bits among any others. Without it a weight is dequantized first where rows are many.
+    row has the same bits among any others. Without it a weight is dequantized first where rows are many. float32 is
+    multiplied exactly and slowly, without tensor cores, in the lowest tiles: higher ones would spill.
     """
     assert x.is_contiguous()
     assert x.shape[1] == weight.shape[1]
@@ -56,7 +56,8 @@ def linear(
     y = x.new_empty(rows, out)
     for first in range(0, rows, CROSSOVER_ROWS):  # which bounds the planes of a launch
         end = min(first + CROSSOVER_ROWS, rows)
-        tile = tile_for(out, width, FIXED_ROWS if fixed else end - first, _capability(x.device))
+        tall = BUCKETS[0] if x.dtype is torch.float32 else FIXED_ROWS if fixed else end - first
+        tile = tile_for(out, width, tall, _capability(x.device))
         lanes = 1 if fixed else tile.splits
         launch(y, x, weight, bias, workspace, tile, (first, end), lanes=lanes, jobs=jobs, v=v, b=b)
     return y
@@ -97,6 +98,8 @@ def launch(
         end,
         out,
         width // 2,
+        jobs.granules if jobs else None,
+        jobs.plan.hidden if jobs else None,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         BLOCKS=tile.blocks,
@@ -106,7 +109,8 @@ def launch(
         ASSEMBLY=_assembly(tile.lookup, half) if half else None,
         CONSTRAINTS=CONSTRAINTS,
         LANES=lanes,
-        **_constants(jobs, tile),
+        STARTS=jobs.starts if jobs else None,
+        PURE=jobs is not None and jobs.pure(tile.columns),
         num_warps=tile.warps,
     )
 
@@ -120,19 +124,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def _constants(jobs: ExpandJobs | None, tile: Tile) -> dict[str, Any]:
-    """What the kernel is compiled for beside its tile: see `add_jobs`."""
-    if jobs is None:
-        return {"granules": 0, "v_width": 0, "STARTS": (0,), "PURE": False}
-    return {
-        "granules": jobs.granules,
-        "v_width": jobs.plan.hidden,
-        "STARTS": jobs.starts,
-        "PURE": jobs.pure(tile.columns),
-    }
-
-
-@triton.jit(do_not_specialize=["first", "end", "granules"])  # they vary from step to step
+@triton.jit(do_not_specialize=("first", "end", "granules"))
 def _linear_kernel(
     y: tl.tensor,  # [.., out]
     x: tl.tensor,  # [.., in]
@@ -149,6 +141,8 @@ def _linear_kernel(
     end: tl.tensor,
     out: tl.tensor,
     row_bytes: tl.tensor,  # of a weight's row
+    granules: tl.tensor,  # of the plan, or None
+    hidden: tl.tensor,  # columns of v for each member, or None
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -158,12 +152,14 @@ def _linear_kernel(
     ASSEMBLY: tl.constexpr,
     CONSTRAINTS: tl.constexpr,
     LANES: tl.constexpr,
-    granules: tl.tensor,
-    v_width: tl.tensor,
     STARTS: tl.constexpr,
     PURE: tl.constexpr,
 ) -> None:
-    """Rows come first in the grid: programs that read the same weights run side by side, and L2 serves them."""
+    """Rows come first in the grid: programs that read the same weights run side by side, and L2 serves them.
+
+    What varies from step to step is no constant, nor looked at for being 1: one compilation serves all buckets of a
+    tile.
+    """
     split = tl.program_id(2)
     first_row = first + tl.program_id(0) * ROWS
     first_column = tl.program_id(1) * COLUMNS
@@ -179,7 +175,7 @@ def _linear_kernel(
     if plan is not None:
         lane = split if LANES == SPLITS else split << 20  # beyond all jobs: the first split does them
         acc = add_jobs(
-            acc, v, b, plan, first_row, first_column, lane, LANES, granules, v_width, STARTS, ROWS, COLUMNS, PURE
+            acc, v, b, plan, first_row, first_column, lane, LANES, granules, hidden, STARTS, ROWS, COLUMNS, PURE
         )  # fmt: skip
     if SPLITS > 1:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)

@@ -20,7 +20,7 @@ def test_bits_are_torchs(half):
 
 
 @pytest.mark.parametrize("half", ["bfloat16", "float16"])
-@pytest.mark.parametrize("lookup", ["shuffle", "permute"])
+@pytest.mark.parametrize("lookup", ["shuffle", "permute", "mixed"])
 def test_every_byte_in_every_place(lookup, half):
     bits = np.array([half_bits(value, half) for value in NF4_CODE], np.uint32)
     everything = np.arange(256, dtype=np.uint32).reshape(8, 32)

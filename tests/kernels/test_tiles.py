@@ -1,5 +1,8 @@
 """The tile table: every entry is one that Triton takes and that the kernel's sums rely on."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from kernels.tiles import BLOCK, BUCKETS, CROSSOVER_ROWS, FIXED_ROWS, bucket, tile_for
@@ -56,3 +59,13 @@ def test_decoding_keeps_every_processor_loading():
 
 def test_an_unknown_chip_of_a_known_kind_has_tiles():
     assert tile_for(4096, 4096, 16, (8, 7)).splits == tile_for(4096, 4096, 16, (8, 0)).splits
+
+
+def test_the_table_in_the_docs_is_this_one():
+    text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| [\w, ]+ \| (\d+) x (\d+) \| sm_(\d)(\d) \| ([\d |]+) \|$", text, re.MULTILINE)
+    assert len(found) == 8
+    for out, width, major, minor, splits in found:
+        chip = (int(major), int(minor))
+        ours = [tile_for(int(out), int(width), rows, chip).splits for rows in (16, 32, 64, 128, 256)]
+        assert [int(each) for each in splits.split("|")] == ours, (out, width, chip)

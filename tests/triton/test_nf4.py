@@ -3,22 +3,17 @@
 from dataclasses import replace
 
 import bitsandbytes.functional as bnb
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from kernels import lora, nf4, reference
-from kernels.lora import ExpandJobs
+from kernels import nf4
 from kernels.nf4 import NF4Weight, linear
 from kernels.nf4_decode import dequantize
-from kernels.plans import DeltaPlan
-from kernels.segments import Segment, segments_of
 from kernels.tiles import CROSSOVER_ROWS, Tile
 from kernels.workspace import Workspace
-from tests.kernels.naive import PAGE_RANK, add_deltas, relative_error
+from tests.kernels.naive import relative_error
+from tests.triton.nf4_case import DTYPES, ROWS, Adapted, weight_of
 
-DTYPES = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}
 SHAPES = {"one block": (16, 64), "odd": (77, 192), "two tiles": (160, 512), "uneven splits": (24, 320)}
 TILES = {
     "one pass": Tile(16, 32, 1, 4, 2, "split"),
@@ -27,13 +22,6 @@ TILES = {
     "joined": Tile(64, 32, 1, 4, 3, "join", splits=2),
     "more splits than blocks": Tile(16, 64, 1, 4, 2, "join", splits=8),
 }
-
-
-def weight_of(out: int, width: int) -> tuple[NF4Weight, Tensor]:  # and its values in float64
-    packed = torch.randint(0, 256, (out * width // 2, 1), dtype=torch.uint8)
-    absmax = torch.rand(out * width // 64) + 0.05
-    weight = NF4Weight.of(packed, absmax, (out, width))
-    return weight, reference.dequantize_nf4(packed, absmax, weight.code, (out, width)).double()
 
 
 @pytest.fixture
@@ -105,59 +93,6 @@ def test_bytes_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="given 64 and 2"):
         NF4Weight.of(packed, absmax, (4, 64))
     assert NF4Weight.of(packed.view(torch.bfloat16), absmax, (2, 64)).packed.dtype is torch.uint8
-
-
-class Adapted:
-    """A weight of sibling members, a pool of pages, and rows that read them."""
-
-    def __init__(self, rows, widths, width, dtype, fixed=False):
-        self.widths, self.fixed = widths, fixed
-        self.weight, self.exact = weight_of(sum(widths), width)
-        self.x = torch.randn(sum(count for count, _, _ in rows), width).to(dtype)
-        self.a = (torch.randn(7, len(widths), PAGE_RANK, width) / 8).to(dtype)
-        self.b = torch.randn(7, PAGE_RANK, sum(widths)).to(dtype)
-        self.scale = torch.rand(7, len(widths)) + 0.5
-        self.segments = segments_of(rows)
-
-    def naive(self) -> Tensor:
-        base = self.x.double() @ self.exact.T
-        return add_deltas(base, self.x, self.a, self.b, self.scale, self.widths, self.segments)
-
-    def ours(self, workspace, first=0, end=None, tile=None) -> Tensor:
-        """Rows `first:end` alone, by `linear` or with one tile."""
-        x = self.x[first:end].contiguous()
-        plan = self.plan(first, first + len(x))
-        v = lora.shrink(x, self.a, self.scale, plan, workspace, fixed=self.fixed)
-        jobs = ExpandJobs(plan, self.widths)
-        if tile is None:
-            return linear(x, self.weight, None, workspace, fixed=self.fixed, jobs=jobs, v=v, b=self.b)
-        y = x.new_empty(len(x), sum(self.widths))
-        span = (0, len(x))
-        nf4.launch(
-            y, x, self.weight, None, workspace, tile, span, lanes=tile.splits, jobs=jobs, v=v, b=self.b
-        )
-        return y
-
-    def plan(self, first: int, end: int) -> DeltaPlan:
-        cut = [
-            Segment(max(s.start, first) - first, min(s.end, end) - first, s.pages, s.weights)
-            for s in self.segments
-            if s.start < end and s.end > first
-        ]
-        most = max((len(segment.pages) for segment in cut), default=1)
-        table = np.zeros(DeltaPlan.sizes(end - first, most), np.int32)
-        used = DeltaPlan.fill(table, cut, end - first, fixed=self.fixed)
-        return DeltaPlan.view(torch.from_numpy(table), end - first, most, used=used, fixed=self.fixed)
-
-
-ROWS = [
-    (3, (4, 1), (1.0, 0.5)),
-    (2, (), ()),
-    (17, (5,), (1.0,)),
-    (1, (0, 6, 2), (0.25, 0.5, 0.25)),
-    (1, (), ()),
-    (4, (5,), (1.0,)),
-]
 
 
 @pytest.mark.parametrize("widths", [(64, 128), (70, 30, 21)], ids=["pure", "straddling"])
