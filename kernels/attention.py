@@ -33,7 +33,7 @@ _LEAST_PART = tl.constexpr(128)  # keys that are worth a program
 _TURNS = {64: (128, 4, 3), 128: (64, 4, 3), 256: (32, 8, 2), 512: (32, 8, 2)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _attention_kernel(
     out: tl.tensor,
     q: tl.tensor,
@@ -47,7 +47,7 @@ def _attention_kernel(
     softcap: tl.tensor,
     q_row: tl.tensor,  # strides of q
     q_head: tl.tensor,
-    ROWS: tl.constexpr,  # of the plan
+    rows: tl.tensor,  # of the plan
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of a key head
     HEADS: tl.constexpr,  # of them in a tile
@@ -60,13 +60,14 @@ def _attention_kernel(
     BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr,  # of one turn of the loop
     PART: tl.constexpr,  # keys of a part where parts lie at fixed places, else 0
-    SPLITS: tl.constexpr,  # programs that share a tile's parts
+    SHARED: tl.constexpr,  # whether several programs share a tile's parts
     WINDOW: tl.constexpr,  # 0: none
     CAPPED: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
     tile = tl.program_id(0)
     lane = tl.program_id(2)
+    splits = tl.num_programs(2)
     if tile >= tl.load(plan):
         return
     record = plan + HEAD + tile * RECORD
@@ -83,10 +84,10 @@ def _attention_kernel(
         slot = tl.load(record + 3)
     else:
         first_key = first_key // KEYS * KEYS
-        length = tl.maximum(tl.cdiv(tl.cdiv(visible - first_key, SPLITS), KEYS) * KEYS, _LEAST_PART)
-        slot = tile * SPLITS * QUERIES
+        length = tl.maximum(tl.cdiv(tl.cdiv(visible - first_key, splits), KEYS) * KEYS, _LEAST_PART)
+        slot = tile * splits * QUERIES
     parts = tl.cdiv(visible - first_key, length)
-    sharers = tl.maximum(tl.minimum(parts, SPLITS), 1)
+    sharers = tl.maximum(tl.minimum(parts, splits), 1)
     if lane >= sharers:
         return
 
@@ -103,7 +104,7 @@ def _attention_kernel(
         mask=mine[:, None] & (k_place < K_WIDTH)[None, :],
         other=0.0,
     )
-    blocks = plan + HEAD + ROWS * RECORD + tl.load(record + 4)
+    blocks = plan + HEAD + rows * RECORD + tl.load(record + 4)
     keys_at = k_cache + kv_head * K_WIDTH
     values_at = v_cache + kv_head * V_WIDTH
 
@@ -121,13 +122,13 @@ def _attention_kernel(
     lines = ((slot + query) * tl.num_programs(1) + tl.program_id(1)) * HEADS + each % HEADS
     step = count * tl.num_programs(1) * HEADS
 
-    if SPLITS == 1 and PART == 0:
+    if PART == 0 and not SHARED:
         highest, total, summed = _attend(
             highest, total, summed, queries, keys_at, values_at, blocks, at, first_key, visible, scale, softcap,
             KV_HEADS, K_WIDTH, V_WIDTH, BLOCK_SIZE, KEYS, WINDOW, CAPPED, STAGES,
         )  # fmt: skip
     else:
-        for part in range(lane, parts, SPLITS):
+        for part in range(lane, parts, splits):
             low = first_key + part * length
             part_highest, part_total, part_summed = _attend(
                 tl.full((HEIGHT,), _FAR_BELOW, tl.float32),
@@ -136,14 +137,14 @@ def _attention_kernel(
                 queries, keys_at, values_at, blocks, at, low, tl.minimum(low + length, visible), scale, softcap,
                 KV_HEADS, K_WIDTH, V_WIDTH, BLOCK_SIZE, KEYS, WINDOW, CAPPED, STAGES,
             )  # fmt: skip
-            if SPLITS == 1:
-                highest, total, summed = _merge(highest, total, summed, part_highest, part_total, part_summed)
-            else:
+            if SHARED:
                 line = planes + (lines + part * step).to(tl.int64) * ROOM
                 tl.store(line[:, None] + v_place[None, :], part_summed, mask=inside)
                 tl.store(line + V_WIDTH, part_highest, mask=mine)
                 tl.store(line + V_WIDTH + 1, part_total, mask=mine)
-    if SPLITS > 1:
+            else:
+                highest, total, summed = _merge(highest, total, summed, part_highest, part_total, part_summed)
+    if SHARED:
         tl.debug_barrier()
         counter = counters + tile * tl.num_programs(1) + tl.program_id(1)
         if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") < sharers - 1:
@@ -269,7 +270,7 @@ def attention(
     programs = kv_heads * -(-group // tile_heads)
     splits = _splits(plan.tiles * programs)
     k_room, v_room = (max(16, triton.next_power_of_2(width)) for width in (k_width, v_width))
-    keys, warps, stages = _TURNS[max(64, k_room, v_room) if q.dtype.itemsize == 2 else 256]
+    keys, warps, stages = turns(k_room, v_room, q.dtype.itemsize)
     lines = (plan.lines if fixed else plan.tiles * splits * plan.queries) * programs * tile_heads
     _attention_kernel[(plan.tiles, programs, splits)](
         out,
@@ -283,7 +284,7 @@ def attention(
         scale,
         softcap or 0.0,
         *q.stride()[:2],
-        ROWS=plan.rows,
+        rows=plan.rows,
         KV_HEADS=kv_heads,
         GROUP=group,
         HEADS=tile_heads,
@@ -296,7 +297,7 @@ def attention(
         BLOCK_SIZE=plan.block_size,
         KEYS=keys,
         PART=plans.PART_KEYS if fixed else 0,
-        SPLITS=splits,
+        SHARED=splits > 1,
         WINDOW=window or 0,
         CAPPED=softcap is not None,
         STAGES=stages,
@@ -304,6 +305,11 @@ def attention(
         enable_fp_fusion=not fixed,
     )
     return out
+
+
+def turns(k_room: int, v_room: int, itemsize: int) -> tuple[int, int, int]:
+    """Keys of one turn of the loop, warps and turns in flight, for heads of so many numbers of so many bytes."""
+    return _TURNS[max(64, k_room, v_room) if itemsize == 2 else 256]
 
 
 def _splits(programs: int) -> int:

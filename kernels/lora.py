@@ -24,13 +24,15 @@ RECORD = tl.constexpr(plans.DELTA_RECORD)
 JOB = tl.constexpr(5)  # where a record's job begins
 
 _CHUNK = 1024  # of the inputs: sums are made in chunks at fixed places, so that no bit shows how they were shared out
-_STEPS = {
-    16: (256, 4),
-    64: (128, 3),
-}  # rows of a tile: inputs that one turn of shrink's loop reads, turns in flight
+# by rows of a tile: inputs that one turn of shrink's loop reads, and turns in flight
+_STEPS = {16: (256, 4), 64: (128, 3)}
+_EXPAND_STAGES = (
+    5  # of which half pass while a job's numbers are fetched: its page is then read two turns ahead
+)
 
 
-@triton.jit
+# what varies from step to step is no constant: one compiled kernel serves all buckets
+@triton.jit(do_not_specialize=["rows", "granules"])
 def _shrink_kernel(
     x: tl.tensor,
     a: tl.tensor,
@@ -41,8 +43,8 @@ def _shrink_kernel(
     counters: tl.tensor,
     rows: tl.tensor,
     inside: tl.tensor,
-    GRANULES: tl.constexpr,
-    HIDDEN: tl.constexpr,  # columns of v for each member
+    granules: tl.tensor,
+    v_width: tl.tensor,  # columns of v for each member
     MEMBERS: tl.constexpr,
     HEIGHT: tl.constexpr,  # rows of a tile
     STEP: tl.constexpr,
@@ -54,7 +56,7 @@ def _shrink_kernel(
 ) -> None:
     tile = tl.program_id(0)
     member = tl.program_id(1)
-    at = plan + HEAD + 2 * GRANULES + tile * RECORD
+    at = plan + HEAD + 2 * granules + tile * RECORD
     if tile >= tl.load(plan):
         return
     page = tl.load(at).to(tl.int64)
@@ -66,12 +68,12 @@ def _shrink_kernel(
     rank = tl.arange(0, PAGE_RANK)
     mine = row < end
     factor = a + (page * MEMBERS + member) * PAGE_RANK * inside
-    place = (row[:, None] * MEMBERS + member) * HIDDEN + column + rank[None, :]
+    place = (row[:, None] * MEMBERS + member) * v_width + column + rank[None, :]
     total = tl.zeros((HEIGHT, PAGE_RANK), tl.float32)
     if SPLIT:
         chunk = tl.program_id(2)
         part = _sum_chunk(x, factor, row, mine, chunk, inside, HEIGHT, STEP, CHUNK, EVEN, STAGES)
-        room = rows * MEMBERS * HIDDEN
+        room = rows * MEMBERS * v_width
         tl.store(planes + chunk * room + place, part, mask=mine[:, None])
         tl.debug_barrier()
         counter = counters + tile * MEMBERS + member
@@ -154,8 +156,8 @@ def shrink(
         workspace.counters(plan.tiles * members if split else 0),
         plan.rows,
         inside,
-        GRANULES=-(-plan.rows // plans.GRANULE),
-        HIDDEN=plan.hidden,
+        granules=-(-plan.rows // plans.GRANULE),
+        v_width=plan.hidden,
         MEMBERS=members,
         HEIGHT=plan.tile_rows,
         STEP=step,
@@ -172,15 +174,15 @@ def shrink(
 @triton.jit
 def add_jobs(
     acc: tl.tensor,  # [HEIGHT, WIDTH] float32
-    v: tl.tensor,  # [rows, members, HIDDEN]
+    v: tl.tensor,  # [rows, members, v_width]
     b: tl.tensor,  # [pages, 16, sum of widths]
     plan: tl.tensor,
     first_row: tl.tensor,  # of the tile, a multiple of 16
     first_column: tl.tensor,
     lane: tl.tensor,  # this program does jobs lane, lane + LANES, ... of its tile's; a negative one does none
     LANES: tl.constexpr,
-    GRANULES: tl.constexpr,
-    HIDDEN: tl.constexpr,
+    granules: tl.tensor,
+    v_width: tl.tensor,
     STARTS: tl.constexpr,  # (0, the members' widths summed up)
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -198,9 +200,9 @@ def add_jobs(
     column = first_column + tl.arange(0, WIDTH)
     rank = tl.arange(0, PAGE_RANK)
     granule = first_row // GRANULE
-    last_granule = tl.minimum(granule + (HEIGHT - 1) // GRANULE, GRANULES - 1)
+    last_granule = tl.minimum(granule + (HEIGHT - 1) // GRANULE, granules - 1)
     first_job = tl.load(plan + HEAD + granule)
-    end_job = tl.load(plan + HEAD + GRANULES + last_granule)
+    end_job = tl.load(plan + HEAD + granules + last_granule)
     if lane < 0:
         end_job = first_job
     first_member = 0
@@ -218,13 +220,13 @@ def add_jobs(
             high = tl.where(member < i, tl.minimum(high, STARTS[i]), high)
         own = (column >= low) & (column < high)
         for job in tl.range(first_job + lane, end_job, LANES, num_stages=STAGES):
-            at = plan + HEAD + 2 * GRANULES + job * RECORD + JOB
+            at = plan + HEAD + 2 * granules + job * RECORD + JOB
             page = tl.load(at).to(tl.int64)
             start = tl.load(at + 1)
             end = tl.load(at + 2)
             hidden = tl.load(at + 3) * PAGE_RANK
             mine = (row >= start) & (row < end)
-            here = v + (row[:, None] * MEMBERS + member) * HIDDEN + hidden + rank[None, :]
+            here = v + (row[:, None] * MEMBERS + member) * v_width + hidden + rank[None, :]
             there = b + (page * PAGE_RANK + rank[:, None]) * total + column[None, :]
             values = tl.load(here, mask=mine[:, None], other=0.0)
             factors = tl.load(there) if PURE else tl.load(there, mask=own[None, :], other=0.0)
@@ -232,35 +234,36 @@ def add_jobs(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["granules"])
 def _expand_kernel(
     y: tl.tensor,
     v: tl.tensor,
     b: tl.tensor,
     plan: tl.tensor,
-    GRANULES: tl.constexpr,
-    HIDDEN: tl.constexpr,
+    granules: tl.tensor,
+    v_width: tl.tensor,
     STARTS: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     PURE: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     first_row = tl.program_id(1) * HEIGHT
     first_column = tl.program_id(0) * WIDTH
     granule = first_row // GRANULE
-    last_granule = tl.minimum(granule + (HEIGHT - 1) // GRANULE, GRANULES - 1)
+    last_granule = tl.minimum(granule + (HEIGHT - 1) // GRANULE, granules - 1)
     first_job = tl.load(plan + HEAD + granule)
-    end_job = tl.load(plan + HEAD + GRANULES + last_granule)
+    end_job = tl.load(plan + HEAD + granules + last_granule)
     if first_job >= end_job:
         return
     acc = tl.zeros((HEIGHT, WIDTH), tl.float32)
     acc = add_jobs(
-        acc, v, b, plan, first_row, first_column, 0, 1, GRANULES, HIDDEN, STARTS, HEIGHT, WIDTH, PURE
+        acc, v, b, plan, first_row, first_column, 0, 1, granules, v_width, STARTS, HEIGHT, WIDTH, PURE, STAGES
     )
     row = first_row + tl.arange(0, HEIGHT)
     adapted = row < 0
     for job in range(first_job, end_job):
-        at = plan + HEAD + 2 * GRANULES + job * RECORD + JOB
+        at = plan + HEAD + 2 * granules + job * RECORD + JOB
         adapted = adapted | ((row >= tl.load(at + 1)) & (row < tl.load(at + 2)))
     column = first_column + tl.arange(0, WIDTH)
     MEMBERS: tl.constexpr = len(STARTS) - 1
@@ -297,12 +300,13 @@ def expand(
         v,
         b,
         plan.buffer,
-        GRANULES=jobs.granules,
-        HIDDEN=plan.hidden,
+        granules=jobs.granules,
+        v_width=plan.hidden,
         STARTS=jobs.starts,
         HEIGHT=height,
         WIDTH=width,
         PURE=jobs.pure(width),
+        STAGES=_EXPAND_STAGES,
         num_warps=4,
     )
 

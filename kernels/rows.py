@@ -16,7 +16,7 @@ from kernels.cpu.operations import Activation
 _TILE = 1024  # numbers of a program, where a row has fewer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "inner"])
 def _rms_norm_kernel(
     y: tl.tensor,
     total: tl.tensor,

@@ -149,13 +149,12 @@ def test_a_member_of_scale_zero_is_left_alone():
     assert not torch.equal(got[:, :100], step.y[:, :100])
 
 
-@pytest.mark.parametrize("shape", ["odd", "deep"])
-def test_a_buckets_plan_is_the_same_plan(shape):
+def test_a_buckets_plan_is_the_same_plan():
     """More tiles in the launch than the step has, and rows that nobody fills."""
-    step = make_step(shape, "blends")
+    step = make_step("deep", "blends")
     workspace = Workspace("cpu")
     exact = step.ours(workspace)
-    assert torch.equal(step.ours(workspace, room=9), exact)
+    assert torch.equal(step.ours(workspace, room=6), exact)
     assert torch.equal(step.ours(workspace), exact)
 
 
@@ -174,7 +173,7 @@ def test_many_rows_make_high_tiles(monkeypatch, dtype):
 def test_fixed_a_rows_bits_are_its_own(monkeypatch, mix, many):
     """Alone and among neighbours, where tiles are few and chunks are shared out, and where they are many."""
     step = make_step("deep", mix, torch.bfloat16)
-    alone = {row: step.alone(row).ours(fixed=True)[0] for row in range(0, len(step.x), 4)}
+    alone = {row: step.alone(row).ours(fixed=True)[0] for row in range(2, len(step.x), 6)}
     if many:
         monkeypatch.setattr(plans, "FEW_ROWS", 3)
     together = step.ours(fixed=True)

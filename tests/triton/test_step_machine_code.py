@@ -1,0 +1,137 @@
+"""What the assembler makes of deltas, attention and rows: no spills, no unsafe products, few instructions.
+
+Bounds are what Triton 3.6 gave, and a little.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+
+from kernels import lora
+from kernels.attention import turns
+from tests.triton.machine_code import Machine, Request, machine_code
+
+CHIPS = [80, 90]
+HEIGHTS = [16, 64]
+SMALLEST_SHARED = 99 * 1024  # bytes a program may have on the Ampere and Ada chips that have the least
+# rows of a tile, whether programs share its keys, keys of a part at a fixed place
+DECODE, PROMPT, FIXED = (16, True, 0), (32, False, 0), (32, True, 256)
+ATTENTIONS = [
+    (128, DECODE, 80), (128, PROMPT, 80), (256, DECODE, 80),
+    (64, DECODE, 90), (128, DECODE, 90), (128, PROMPT, 90), (128, FIXED, 90), (256, PROMPT, 90),
+]  # fmt: skip
+
+
+def shrink(height: int, capability: int) -> Request:
+    step, stages = lora._STEPS[height]
+    arguments = {
+        "x": "*bf16",
+        "a": "*bf16",
+        "scale": "*fp32",
+        "v": "*bf16",
+        "plan": "*i32",
+        "planes": "*fp32",
+    }
+    arguments |= {"counters": "*i32", "rows": "i32", "granules": "i32"}
+    arguments |= {"inside": "i32:16", "v_width": "i32:16"}
+    constants = {"MEMBERS": 3, "HEIGHT": height, "STEP": step, "CHUNK": 1024}
+    constants |= {"CHUNKS": 4, "SPLIT": height == 16, "EVEN": True, "STAGES": stages}
+    return Request("kernels.lora:_shrink_kernel", arguments, constants, 4, stages, capability)
+
+
+def expand(height: int, capability: int) -> Request:
+    arguments = {"y": "*bf16", "v": "*bf16", "b": "*bf16", "plan": "*i32"}
+    arguments |= {"granules": "i32", "v_width": "i32:16"}
+    constants = {"STARTS": [0, 4096, 5120, 6144], "HEIGHT": height}
+    constants |= {"WIDTH": 128, "PURE": True, "STAGES": lora._EXPAND_STAGES}
+    return Request("kernels.lora:_expand_kernel", arguments, constants, 4, 3, capability)
+
+
+def attention(width: int, tile: tuple[int, bool, int], capability: int) -> Request:
+    height, shared, part = tile
+    keys, warps, stages = turns(width, width, 2)
+    arguments = dict.fromkeys(("out", "q", "k_cache", "v_cache"), "*bf16")
+    arguments |= {"plan": "*i32", "planes": "*fp32", "counters": "*i32", "scale": "fp32", "softcap": "fp32"}
+    arguments |= {"q_row": "i32:16", "q_head": "i32:16", "rows": "i32"}
+    constants = {"sinks": None, "KV_HEADS": 8, "GROUP": 4, "HEADS": 4, "HEIGHT": height}
+    constants |= {"QUERIES": 1 if height == 16 else 8, "K_WIDTH": width, "V_WIDTH": width, "K_ROOM": width}
+    constants |= {"V_ROOM": width, "BLOCK_SIZE": 16, "KEYS": keys, "PART": part, "SHARED": shared}
+    constants |= {"WINDOW": 0, "CAPPED": False, "STAGES": stages}
+    return Request("kernels.attention:_attention_kernel", arguments, constants, warps, stages, capability)
+
+
+def norm(capability: int) -> Request:
+    arguments = dict.fromkeys(("y", "total", "x", "residual", "weight"), "*bf16") | {"epsilon": "fp32"}
+    arguments |= {"rows": "i32", "inner": "i32", "outer_stride": "i32:16", "inner_stride": "i32:16"}
+    constants = {"WIDTH": 4096, "ROOM": 4096, "HEIGHT": 1}
+    return Request("kernels.rows:_rms_norm_kernel", arguments, constants, 4, 3, capability)
+
+
+def heads(capability: int) -> Request:
+    arguments = dict.fromkeys(("y", "q", "k", "v", "k_cache", "v_cache", "cos", "sin"), "*bf16")
+    arguments |= dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head"), "i32:16")
+    constants = {"Q_HEADS": 32, "KV_HEADS": 8, "WIDTH": 128, "V_WIDTH": 128, "HALF_ROOM": 64, "V_ROOM": 128}
+    return Request(
+        "kernels.rows:_heads_kernel", arguments | {"kv_index": "*i64"}, constants, 1, 3, capability
+    )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    requests: dict[tuple[object, ...], Request]
+    machines: dict[tuple[object, ...], Machine]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    requests: dict[tuple[object, ...], Request] = {}
+    for chip in CHIPS:
+        for height in HEIGHTS:
+            requests["shrink", height, chip] = shrink(height, chip)
+            requests["expand", height, chip] = expand(height, chip)
+    for case in ATTENTIONS:
+        requests["attention", *case] = attention(*case)
+    requests["norm", 90], requests["heads", 90] = norm(90), heads(90)
+    return Compiled(requests, dict(zip(requests, machine_code(list(requests.values())), strict=True)))
+
+
+def test_nothing_spills_and_no_product_is_unsafe(compiled):
+    for name, machine in compiled.machines.items():
+        assert machine.spills == 0, name
+        assert machine.wgmma_from_registers == 0, name
+        assert machine.shared <= SMALLEST_SHARED, name
+        assert (machine.wgmma > 0) == (name[0] in ("shrink", "expand") and name[1:] == (64, 90)), name
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("height", HEIGHTS)
+def test_factors_are_read_ahead(compiled, height, chip):
+    shrinking = compiled.machines["shrink", height, chip].main_loop
+    step, _ = lora._STEPS[height]
+    assert shrinking["LDGSTS"] == step * (16 + height) * 2 // 16 // 128, (
+        "sixteen bytes at a time, and nothing else"
+    )
+    assert "LDG" not in shrinking
+    assert sum(shrinking.values()) <= {16: 145, 64: 155}[height]
+    jobs = [loop for loop in compiled.machines["expand", height, chip].loops if "LDGSTS" in loop]
+    assert len(jobs) == 1
+    assert "LDG" not in jobs[0]
+    assert sum(jobs[0].values()) <= 95
+
+
+@pytest.mark.parametrize(("width", "tile", "chip"), ATTENTIONS)
+def test_keys_and_values_are_read_ahead(compiled, width, tile, chip):
+    request = compiled.requests["attention", width, tile, chip]
+    loop = compiled.machines["attention", width, tile, chip].main_loop
+    keys = request.constants["KEYS"]
+    assert loop["LDGSTS"] >= 2 * keys * width * 2 // 16 // (request.warps * 32)
+    # of all threads, for a number of a key and its value
+    assert sum(loop.values()) * request.warps * 32 / (keys * width) <= {16: 10, 32: 15}[tile[0]]
+
+
+def test_decodes_have_company(compiled):
+    """Three programs or more on a processor of Hopper: enough loads in flight."""
+    for width in (64, 128):
+        machine = compiled.machines["attention", width, DECODE, 90]
+        assert (machine.registers + 7) // 8 * 8 * 128 * 3 <= 65536
+        assert (machine.shared + 1024) * 3 <= 227 * 1024
