@@ -74,7 +74,9 @@ class Linears:
     @torch.inference_mode()
     def seconds(self, rows: int, distinct: int, *, fixed: bool = False) -> float:
         """Of one pass with so many adapters spread evenly over the rows; 0 is a step without any."""
-        plans = StepPlans(_no_attention(self.device), self._plans(rows, distinct, fixed))
+        plan = plan_of(rows, distinct, self.device, fixed) if distinct else None
+        deltas = {} if plan is None else dict.fromkeys(self.engine.servable.layout.groups, plan)
+        plans = StepPlans(_no_attention(self.device), deltas)
         context = ForwardContext(
             kv_index=torch.zeros(rows, dtype=torch.int64, device=self.device),
             spans=Spans((), 16, self.device),
@@ -97,16 +99,14 @@ class Linears:
 
         return captured(work, self.device)
 
-    def _plans(self, rows: int, distinct: int, fixed: bool) -> dict[str, DeltaPlan]:
-        if not distinct:
-            return {}
-        edges = np.linspace(0, rows, distinct + 1).astype(int).tolist()
-        segments = [Segment(edges[i], edges[i + 1], (i,), (1.0,)) for i in range(distinct)]
-        host = np.zeros(DeltaPlan.sizes(rows, 1), np.int32)
-        DeltaPlan.fill(host, segments, rows, fixed=fixed)
-        buffer = torch.from_numpy(host).to(self.device)
-        plan = DeltaPlan.view(buffer, rows, 1, fixed=fixed)
-        return dict.fromkeys(self.engine.servable.layout.groups, plan)
+
+def plan_of(rows: int, distinct: int, device: torch.device, fixed: bool) -> DeltaPlan:
+    """So many adapters of a page each, spread evenly over the rows."""
+    edges = np.linspace(0, rows, distinct + 1).astype(int).tolist()
+    segments = [Segment(edges[i], edges[i + 1], (i,), (1.0,)) for i in range(distinct)]
+    host = np.zeros(DeltaPlan.sizes(rows, 1), np.int32)
+    DeltaPlan.fill(host, segments, rows, fixed=fixed)
+    return DeltaPlan.view(torch.from_numpy(host).to(device), rows, 1, fixed=fixed)
 
 
 def _no_attention(device: torch.device) -> AttentionPlan:

@@ -48,6 +48,10 @@ class Case:
         )
         library = load() if compiled and backend == "exact" and device == "cpu" else None
         kernels = kernel_set.compiled(library) if library else kernel_set.plain()
+        if device == "cuda":
+            from server.model.cuda import cuda_kernels  # where there is Triton
+
+            kernels = cuda_kernels(torch.device("cuda"), fixed=False)
         servable = make_servable(self._forced(held, avx512_bf16), backend=backend, kernels=kernels)
         self.rows = mixed_rows()
         adapters = read_peft(with_adapters(copy.deepcopy(plain), architecture), folder / "adapters", servable)

@@ -103,6 +103,7 @@ def our_requirements() -> list[Requirement]:
     development = [Requirement(text) for text in project["optional-dependencies"]["dev"]]
     wanted = [Requirement(text) for text in project["dependencies"]]
     wanted += [each for each in development if canonicalize_name(each.name) in WITH_EXTRAS]
+    wanted.append(Requirement("pytest-xdist"))  # compiling for a GPU takes long, and many processes share it
     return [each for each in wanted if each.marker is None or each.marker.evaluate(ENVIRONMENT)]
 
 
