@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
 from kernels import reference
 from kernels.segments import KV_TILE, Segment, Span, Spans
 from tests.equivalence.case import Case, assert_as_good_as_peft, assert_exact

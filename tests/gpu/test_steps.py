@@ -1,9 +1,7 @@
-"""Whole steps on the device: replays against the same steps run as they come, rows alone and among others, same bits."""
+"""Whole steps on the device: replays against the same steps run as they come, rows alone and among others."""
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
 
 from server.model.cuda import cuda_kernels
 from server.model.device_runner import DeviceRunner
