@@ -6,7 +6,7 @@ of sequences, nor of who runs the step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.plans import AttentionPlan, DeltaPlan
+from kernels.segments import Segment
 from server.model.context import StepPlans
 from server.model.kv_cache import PADDING_BLOCK
 from server.model.runner import StepInputs
@@ -95,17 +96,33 @@ class StepLayout:
         )
         if self.wanted is not None:
             out[3 * self.rows : 3 * self.rows + self.wanted] = inputs.logits_rows
-        deltas = {}
-        for group, most in self.most_pages.items():
-            start = self._places[group]
-            into = out[start : start + DeltaPlan.sizes(self.rows, most)]
-            deltas[group] = DeltaPlan.fill(into, inputs.segments.get(group, ()), self.rows, fixed=self.fixed)
+        deltas = self._fill_deltas(out, inputs.segments)
         start = self._places[None]
         size = AttentionPlan.sizes(self.rows, self.most_blocks)
         used, tiles, lines = AttentionPlan.fill(
             out[start : start + size], inputs.spans, self.rows, self.queries
         )
         return Filled(start + used, deltas, tiles, lines)
+
+    def _fill_deltas(
+        self, out: NDArray[np.int32], segments: Mapping[str, Sequence[Segment]]
+    ) -> dict[str, int]:
+        """Write each group's plan; a group with the segments of one before takes a copy of its plan."""
+        used: dict[str, int] = {}
+        written: dict[
+            tuple[int, int], tuple[int, int]
+        ] = {}  # segments and pages: where a plan lies, its size
+        for group, most in self.most_pages.items():
+            start, held = self._places[group], segments.get(group, ())
+            size = DeltaPlan.sizes(self.rows, most)
+            if (id(held), most) in written:
+                source, taken = written[id(held), most]
+                out[start : start + taken] = out[source : source + taken]
+            else:
+                taken = DeltaPlan.fill(out[start : start + size], held, self.rows, fixed=self.fixed)
+                written[id(held), most] = start, taken
+            used[group] = taken
+        return used
 
     def view(
         self,

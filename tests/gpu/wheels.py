@@ -81,12 +81,13 @@ def main() -> int:
         fetched.add(name)
         missing += requirements_of(fetch(requirement))
     strip(next(WHEELS.glob("bitsandbytes-*.whl")))
-    held = {canonicalize_name(parse_wheel_filename(path.name)[0]) for path in WHEELS.glob("*.whl")}
+    held = dict(parse_wheel_filename(path.name)[:2] for path in WHEELS.glob("*.whl"))
     lacking = {
         f"{path.name}: {requirement}"
         for path in WHEELS.glob("*.whl")
         for requirement in requirements_of(path)
-        if canonicalize_name(requirement.name) not in held | GIVEN
+        if (name := canonicalize_name(requirement.name)) not in GIVEN
+        and (name not in held or not requirement.specifier.contains(held[name], prereleases=True))
     }
     size = sum(path.stat().st_size for path in WHEELS.glob("*.whl"))
     print(f"{len(held)} wheels for Python {PYTHON} in {WHEELS.relative_to(ROOT)}, {size / 1e6:.1f} MB")
