@@ -7,6 +7,7 @@ stores them.
 from __future__ import annotations
 
 import struct
+from functools import cache
 from typing import Literal
 
 NF4_CODE = (
@@ -42,6 +43,7 @@ def half_bits(value: float, half: Half) -> int:
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
 
 
+@cache
 def assembly(lookup: Lookup, half: Half) -> str:
     """PTX from `$4` (bytes 0 to 3) to `$0, $1` (their high nibbles' values) and `$2, $3` (their low nibbles').
 

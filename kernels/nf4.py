@@ -106,16 +106,13 @@ def launch(
         SPLITS=tile.splits,
         STAGES=tile.stages,
         ORDER=tile.order,
-        ASSEMBLY=_assembly(tile.lookup, half) if half else None,
+        ASSEMBLY=assembly(tile.lookup, half) if half else None,
         CONSTRAINTS=CONSTRAINTS,
         LANES=lanes,
         STARTS=jobs.starts if jobs else None,
         PURE=jobs is not None and jobs.pure(tile.columns),
         num_warps=tile.warps,
     )
-
-
-_assembly = cache(assembly)
 
 
 @cache

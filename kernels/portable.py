@@ -15,9 +15,14 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
-    """`acc + a @ b` in float32; float32 operands are multiplied exactly, not as tf32."""
+    """`acc + a @ b` in float32; float32 operands are multiplied exactly, not as tf32.
+
+    The interpreter's product is numpy's, whose order of summing depends on a row's place in the tile, as a tensor
+    core's does not: in float64, rounded once, that does not show.
+    """
     if _INTERPRETED:
-        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+        return acc + product.to(tl.float32)
     else:
         return tl.dot(a, b, acc, input_precision="ieee")
 
