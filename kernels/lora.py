@@ -24,6 +24,8 @@ RECORD = tl.constexpr(plans.DELTA_RECORD)
 JOB = tl.constexpr(5)  # where a record's job begins
 
 _CHUNK = 1024  # of the inputs: sums are made in chunks at fixed places, so that no bit shows how they were shared out
+_FILL = 512  # programs that keep a large GPU busy
+_MOST_PROGRAMS = 2048
 # by rows of a tile: inputs that one turn of shrink's loop reads, and turns in flight
 _STEPS = {16: (256, 4), 64: (128, 3)}
 _EXPAND_STAGES = (
@@ -54,39 +56,36 @@ def _shrink_kernel(
     EVEN: tl.constexpr,  # whether inside is a multiple of STEP
     STAGES: tl.constexpr,
 ) -> None:
-    tile = tl.program_id(0)
     member = tl.program_id(1)
-    at = plan + HEAD + 2 * granules + tile * RECORD
-    if tile >= tl.load(plan):
-        return
-    page = tl.load(at).to(tl.int64)
-    row = tl.load(at + 1)
-    end = tl.load(at + 2)
-    column = tl.load(at + 3) * PAGE_RANK
-    weight = tl.load(at + 4).to(tl.float32, bitcast=True)
-    row = row + tl.arange(0, HEIGHT)
     rank = tl.arange(0, PAGE_RANK)
-    mine = row < end
-    factor = a + (page * MEMBERS + member) * PAGE_RANK * inside
-    place = (row[:, None] * MEMBERS + member) * v_width + column + rank[None, :]
-    total = tl.zeros((HEIGHT, PAGE_RANK), tl.float32)
-    if SPLIT:
-        chunk = tl.program_id(2)
-        part = _sum_chunk(x, factor, row, mine, chunk, inside, HEIGHT, STEP, CHUNK, EVEN, STAGES)
-        room = rows * MEMBERS * v_width
-        tl.store(planes + chunk * room + place, part, mask=mine[:, None])
-        tl.debug_barrier()
-        counter = counters + tile * MEMBERS + member
-        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") < CHUNKS - 1:
-            return
-        for other in range(CHUNKS):
-            total += tl.load(planes + other * room + place, mask=mine[:, None], other=0.0)
-        tl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
-    else:
-        for chunk in range(CHUNKS):
-            total += _sum_chunk(x, factor, row, mine, chunk, inside, HEIGHT, STEP, CHUNK, EVEN, STAGES)
-    total *= tl.load(scale + page * MEMBERS + member) * weight
-    tl.store(v + place, portable.narrow(total, v.dtype.element_ty), mask=mine[:, None])
+    for tile in range(tl.program_id(0), tl.load(plan), tl.num_programs(0)):
+        at = plan + HEAD + 2 * granules + tile * RECORD
+        page = tl.load(at).to(tl.int64)
+        row = tl.load(at + 1) + tl.arange(0, HEIGHT)
+        mine = row < tl.load(at + 2)
+        place = (row[:, None] * MEMBERS + member) * v_width + tl.load(at + 3) * PAGE_RANK + rank[None, :]
+        weight = tl.load(at + 4).to(tl.float32, bitcast=True)
+        factor = a + (page * MEMBERS + member) * PAGE_RANK * inside
+        total = tl.zeros((HEIGHT, PAGE_RANK), tl.float32)
+        complete = True
+        if SPLIT:
+            chunk = tl.program_id(2)
+            part = _sum_chunk(x, factor, row, mine, chunk, inside, HEIGHT, STEP, CHUNK, EVEN, STAGES)
+            room = rows * MEMBERS * v_width
+            tl.store(planes + chunk * room + place, part, mask=mine[:, None])
+            tl.debug_barrier()
+            counter = counters + tile * MEMBERS + member
+            complete = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == CHUNKS - 1
+            if complete:
+                for other in range(CHUNKS):
+                    total += tl.load(planes + other * room + place, mask=mine[:, None], other=0.0)
+                tl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
+        else:
+            for chunk in range(CHUNKS):
+                total += _sum_chunk(x, factor, row, mine, chunk, inside, HEIGHT, STEP, CHUNK, EVEN, STAGES)
+        if complete:
+            total *= tl.load(scale + page * MEMBERS + member) * weight
+            tl.store(v + place, portable.narrow(total, v.dtype.element_ty), mask=mine[:, None])
 
 
 @triton.jit
@@ -132,8 +131,9 @@ def shrink(
 ) -> Tensor:  # [rows, members, plan.hidden]; only what a row's own pages wrote means something
     """`v[t, m, page's columns] = weight * scale[page, m] * x[t] @ a[page, m].T` for each page of t's segment.
 
-    Sums in float32, in chunks of 1024 inputs added in their order; one program per chunk where tiles are few. `fixed`
-    wants a plan made `fixed` too: a row's bits are then its own.
+    Sums in float32, in chunks of 1024 inputs added in their order; a program for each chunk where tiles are few.
+    Programs go from tile to tile, so that a bucket with room for many costs little when few are in use. `fixed` wants
+    a plan made `fixed` too: a row's bits are then its own.
     """
     assert x.is_contiguous()
     assert a.is_contiguous()
@@ -144,9 +144,10 @@ def shrink(
     assert not fixed or plan.tile_rows == 16
     v = x.new_empty(plan.rows, members, plan.hidden)
     chunks = -(-inside // _CHUNK)
-    split = chunks > 1 and plan.rows <= plans.FEW_ROWS
+    split = chunks > 1 and (plan.rows <= plans.FEW_ROWS or plan.tiles * members < _FILL)
     step, stages = _STEPS[plan.tile_rows]
-    _shrink_kernel[(plan.tiles, members, chunks if split else 1)](
+    lanes = chunks if split else 1
+    _shrink_kernel[(min(plan.tiles, -(-_MOST_PROGRAMS // (members * lanes))), members, lanes)](
         x,
         a,
         scale,

@@ -13,13 +13,13 @@ from kernels.segments import Segment, segments_of
 from kernels.workspace import Workspace
 from tests.kernels.naive import PAGE_RANK, add_deltas, relative_error
 
-# (in, widths of the members): a tile of columns that holds several members, one each, and sums of two chunks
+# (in, widths of the members): a tile of columns that holds several members, one each, and sums of three chunks
 SHAPES = {
     "one": (48, (16,)),
     "odd": (33, (17, 5, 3)),
     "straddling": (64, (100, 60, 30)),
     "aligned": (40, (128, 256)),
-    "deep": (1100, (40, 8)),
+    "deep": (2100, (40, 8)),
 }
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 # (rows, pages, weights) in the order of rows; page 2 is nobody's
@@ -167,6 +167,7 @@ def test_a_buckets_plan_is_the_same_plan():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_rows_make_high_tiles(monkeypatch, dtype):
     monkeypatch.setattr(plans, "FEW_ROWS", 8)
+    monkeypatch.setattr(lora, "_FILL", 1 if dtype is torch.float32 else 512)
     step = make_step(
         "deep", [(1, (5,), (1.0,)), (70, (6, 1), (1.0, 0.5)), (3, (), ()), (2, (0,), (1.0,))], dtype
     )
@@ -174,14 +175,25 @@ def test_many_rows_make_high_tiles(monkeypatch, dtype):
     assert relative_error(step.ours(), step.naive()) <= DTYPES[dtype]
 
 
+def test_few_programs_go_from_tile_to_tile(monkeypatch):
+    step = make_step("deep", "blends")
+    want = step.ours()
+    monkeypatch.setattr(lora, "_MOST_PROGRAMS", 8)
+    assert torch.equal(step.ours(), want)
+
+
 @pytest.mark.parametrize("mix", ["zipf", "blends"])
 @pytest.mark.parametrize("many", [False, True])
 def test_fixed_a_rows_bits_are_its_own(monkeypatch, mix, many):
-    """Alone and among neighbours, where tiles are few and chunks are shared out, and where they are many."""
-    step = make_step("deep", mix, torch.bfloat16)
+    """Alone and among neighbours, where tiles are few and chunks are shared out, and where they are many.
+
+    In float32, where every rounding shows.
+    """
+    step = make_step("deep", mix)
     alone = {row: step.alone(row).ours(fixed=True)[0] for row in range(2, len(step.x), 6)}
     if many:
         monkeypatch.setattr(plans, "FEW_ROWS", 3)
+        monkeypatch.setattr(lora, "_FILL", 1)
     together = step.ours(fixed=True)
     for row, bits in alone.items():
         assert torch.equal(bits, together[row]), f"row {row}"
