@@ -30,10 +30,10 @@ def build(batch: list[Scheduled], residency: Residency, block_size: int) -> Step
     for item in batch:
         sequence, into = item.sequence, slice(row, row + item.count)
         if item.count == 1:  # most rows of most steps: no arrays for one number
-            at = sequence.computed
-            token_ids[row], positions[row] = sequence.tokens[at], at
-            kv_index[row] = sequence.blocks[at // block_size] * block_size + at % block_size
-            spans.append(Span(row, into.stop, at + 1, sequence.blocks))
+            place = sequence.computed
+            token_ids[row], positions[row] = sequence.tokens[place], place
+            kv_index[row] = sequence.blocks[place // block_size] * block_size + place % block_size
+            spans.append(Span(row, into.stop, place + 1, sequence.blocks))
             prompt_rows += (row for _ in item.scores)
             row = into.stop
             if item.samples:

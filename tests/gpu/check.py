@@ -19,7 +19,14 @@ import torch
 ROOT = Path(__file__).parents[2]
 PARTS = {  # what is run, and by how many processes: Triton compiles a kernel for each shape, one at a time
     "products": (
-        ["-m", "pytest", "tests/gpu/test_products.py", "tests/triton/test_nf4.py", "--require-cuda"],
+        [
+            "-m",
+            "pytest",
+            "tests/gpu/test_nf4.py",
+            "tests/gpu/test_products.py",
+            "tests/triton/test_nf4.py",
+            "--require-cuda",
+        ],
         8,
     ),
     "kernels": (
