@@ -18,7 +18,7 @@ from pathlib import Path
 
 import httpx
 
-START_SECONDS = 120.0
+START_SECONDS = 180.0  # a first start on a GPU compiles kernels
 STOP_SECONDS = 30.0
 
 

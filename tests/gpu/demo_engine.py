@@ -29,7 +29,9 @@ BLOCKS, SEQUENCES = 1024, 8
 Ask = Callable[[str, str | None, int], Awaitable[str]]
 
 
-def demo_engine(cache: Path, device: str, pages: int | None = None) -> tuple[Engine, Ask]:
+def demo_engine(
+    cache: Path, device: str, pages: int | None = None, fixed: bool = False
+) -> tuple[Engine, Ask]:
     """An engine over the demo's base and adapters, not started, and a coroutine that asks it for a greedy text.
 
     On a GPU it is put together as a server's is: Triton's kernels, captured graphs, adapters copied beside the steps.
@@ -40,7 +42,7 @@ def demo_engine(cache: Path, device: str, pages: int | None = None) -> tuple[Eng
     if device == "cuda":
         from server.model.cuda import cuda_kernels  # where there is Triton
 
-        kernels = cuda_kernels(torch.device(device), fixed=False)
+        kernels = cuda_kernels(torch.device(device), fixed=fixed)
     servable = make_servable(load_model(source), kernels=kernels)
     room = plan_pages(servable.layout, dtype, 64 << 20)
     pool = Pool(servable.layout, dict.fromkeys(room, pages) if pages else room, dtype, device)
@@ -57,7 +59,7 @@ def demo_engine(cache: Path, device: str, pages: int | None = None) -> tuple[Eng
         servable.attention, blocks=BLOCKS, block_size=16, dtype=dtype, device=torch.device(device)
     )
     scheduler = Scheduler(Limits(SEQUENCES, 512, 128, 16), Blocks(BLOCKS), residency)
-    engine = Engine(_runner(servable, kv), scheduler, residency, max_queued=64)
+    engine = Engine(_runner(servable, kv, fixed), scheduler, residency, max_queued=64)
     tokenizer = Tokenizer.load(str(DEMO / "base"))
     ends = frozenset({int(servable.model.generation_config.eos_token_id)})
     asked = iter(range(1 << 30))
@@ -70,11 +72,11 @@ def demo_engine(cache: Path, device: str, pages: int | None = None) -> tuple[Eng
     return engine, ask
 
 
-def _runner(servable: ServableModel, cache: KVCache) -> Runner | DeviceRunner:
+def _runner(servable: ServableModel, cache: KVCache, fixed: bool) -> Runner | DeviceRunner:
     if not servable.kernels.planned:
         return Runner(servable, cache)
-    sizes = GraphSizes(SEQUENCES, length=512, pages=4)
-    groups, fixed = servable.layout.groups, False
-    runner = DeviceRunner(servable, cache, layouts=sizes.layouts(groups, cache, servable.query_group, fixed))
+    sizes = GraphSizes(SEQUENCES, length=512, pages=1)
+    layouts = sizes.layouts(servable.layout.groups, cache, servable.query_group, fixed)
+    runner = DeviceRunner(servable, cache, layouts=layouts, fixed=fixed)
     runner.capture(lambda done, total: None)
     return runner

@@ -82,8 +82,8 @@ def test_the_demos_story(tmp_path):
 
 
 def test_adapters_come_and_go_while_others_decode(tmp_path):
-    """Room for one adapter of the four: each is copied in again and again, beside a stream of the base's own."""
-    engine, ask = demo_engine(tmp_path, "cuda", pages=4)
+    """Room for one adapter: each is copied in again and again, beside a stream of the base's own, whose bits stay."""
+    engine, ask = demo_engine(tmp_path, "cuda", pages=1, fixed=True)
     scenes = json.loads((DEMO / "story.json").read_text())
     lines = [(scene, line) for scene in scenes for line in scene["lines"]]
 
@@ -103,10 +103,8 @@ def test_adapters_come_and_go_while_others_decode(tmp_path):
         engine.stop()
     for answer, (_, line) in zip(alone, lines, strict=True):
         assert line["must_contain"] in answer, line["adapter"]
-    for answers in among:
-        for answer, (_, line) in zip(answers, lines, strict=True):
-            assert line["must_contain"] in answer, f"{line['adapter']} beside the base"
-    assert len(set(bases)) <= 2, "the base's own text changed with what was loaded beside it"
+    assert all(answers == alone for answers in among), "an adapter's text changed beside the base"
+    assert len(set(bases)) == 1, "the base's own text changed with what was loaded beside it"
     assert engine.residency.pool.evictions > 0
     engine.check()
 

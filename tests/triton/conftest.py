@@ -9,7 +9,12 @@ import pytest
 import torch
 
 collect_ignore_glob: list[str] = []
-ON_THE_CPU = ("test_machine_code.py", "test_step_machine_code.py", "test_server.py")
+ON_THE_CPU = (
+    "test_*machine_code.py",
+    "test_server.py",
+    "test_bench.py",
+    "test_nf4.py",
+)  # the last has a twin there
 
 
 def _interpreting() -> bool:
