@@ -213,7 +213,7 @@ class Bench:
         for group, deltas in zip(linears.groups, attached, strict=True):
             group.deltas = deltas
         self.note("linears without a pool", (rows,), without)
-        self.at_most("deltas_unused_vs_none", base[rows] / without, 1.01)
+        self.at_most("deltas_unused_vs_none", base[rows] / without, 1.02)
 
     def _load(self, engine: Engine) -> None:
         """From the host's memory into pages; the pool is ours, and full of random numbers."""

@@ -136,7 +136,7 @@ class Engine:
             rows=rows,
             wanted=None,
             most_pages=dict.fromkeys(self.pages.groups, pages) if pages else {},
-            most_blocks=self.cache.blocks,
+            most_blocks=max(rows, self.cache.blocks),
             block_size=BLOCK,
             queries=AttentionPlan.tile_queries(self.servable.query_group, 1, fixed=fixed),
             fixed=fixed,

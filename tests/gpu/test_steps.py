@@ -90,5 +90,5 @@ def test_adapters_change_what_they_should():
     engine = engine_of(False, (8,))
     base = engine.runner.forward(engine.inputs(engine.sequences([None] * 8, CONTEXT))).clone()
     mixed = engine.runner.forward(engine.inputs(engine.sequences([None] * 4 + [0, 1, 2, 3], CONTEXT)))
-    assert torch.allclose(mixed[:4], base[:4], rtol=2e-2, atol=2e-2)
-    assert (mixed[4:] - base[4:]).abs().amax(dim=1).gt(0.1).all()
+    assert (mixed[:4] - base[:4]).abs().max() < 0.01, "rows without an adapter changed"
+    assert (mixed[4:] - base[4:]).abs().amax(dim=1).gt(0.02).all(), "an adapter did nothing"
