@@ -127,6 +127,10 @@ def _cuda_kernels(settings: Settings, device: torch.device) -> Kernels:
     try:
         from server.model.cuda import cuda_kernels
     except ImportError as error:
+        if settings.batch_invariant:
+            raise SettingsError(
+                f"--batch-invariant cannot be had on a GPU without Triton: {error}"
+            ) from error
         logger.warning("no Triton kernels, so plain PyTorch serves: %s", error)
         return plain()
     return cuda_kernels(device, fixed=settings.batch_invariant)

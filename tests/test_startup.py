@@ -396,6 +396,15 @@ def test_without_triton_a_gpu_is_served_in_plain_pytorch_and_that_is_said_once(m
     assert startup.choose_kernels(asked(), torch.device("cuda")).name is None
     (record,) = caplog.records
     assert "no Triton kernels" in record.message
+    with pytest.raises(SettingsError, match="without Triton"):
+        startup.choose_kernels(asked(batch_invariant=True), torch.device("cuda"))
+
+
+def test_bitsandbytes_products_are_not_batch_invariant():
+    with pytest.raises(SettingsError, match="its products depend on the batch"):
+        startup.choose_kernels(
+            asked(batch_invariant=True, linear_backend="bitsandbytes"), torch.device("cuda")
+        )
 
 
 @pytest.mark.parametrize(
