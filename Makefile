@@ -10,7 +10,8 @@ SANITIZE = $(COMPILE) -O0 -g -fsanitize=address,undefined -fno-sanitize-recover=
 EMULATION = tests/kernels/emulation
 EMULATE = -mavx2 -mfma -mf16c -include $(EMULATION)/emulate.h
 
-.PHONY: help install native sanitize emulate sanitize-emulated demo test interpret check smoke load bench-cpu gpu-check clean
+.PHONY: help install native sanitize emulate sanitize-emulated demo test interpret check smoke load bench-cpu \
+	gpu-wheels gpu-check gpu-bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -91,8 +92,26 @@ bench-cpu: install  ## this CPU's speed against bitsandbytes and peft, a figure 
 	@$(BIN)/pip install --quiet --editable ".[dev,bench]" --constraint constraints.txt
 	@$(BIN)/python -m tests.bench.cpu $(if $(QUICK),--quick)
 
-gpu-check:  ## on a machine with an NVIDIA GPU: the same engine on CUDA against its references
-	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest tests/gpu --require-cuda
+gpu-wheels: install  ## gather into build/wheels what an offline GPU machine lacks
+	@$(BIN)/python -m tests.gpu.wheels
+
+# On a machine with a GPU and no network: Python 3.12 with torch, triton, transformers and peft as GPU_PYTHON, and
+# build/wheels. Where there are no wheels, what GPU_PYTHON has must do. Results are copied to $$OUT if that is set.
+GPU_PYTHON ?= python3
+GPU_RUN = PYTHONPATH=$(CURDIR):$(CURDIR)/build/site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 $(GPU_PYTHON)
+
+build/site/.installed: $(wildcard build/wheels/*.whl)
+	@rm -rf build/site && mkdir -p build/site
+	@if ls build/wheels/*.whl >/dev/null 2>&1; then $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-compile \
+	  --no-cache-dir --disable-pip-version-check --target build/site build/wheels/*.whl; fi
+	@touch $@
+
+gpu-check: build/site/.installed  ## on a machine with an NVIDIA GPU: kernels, graphs, engine and server; under 5 minutes
+	@$(GPU_RUN) -m tests.gpu.check
+
+gpu-bench: build/site/.installed  ## on a machine with an NVIDIA GPU: its speed beside its floors; about 5 minutes
+	@$(GPU_RUN) -m tests.bench.gpu; code=$$?; \
+	if [ -n "$$OUT" ]; then cp loadtests/results/*-bench.jsonl "$$OUT"; fi; exit $$code
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

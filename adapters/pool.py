@@ -6,41 +6,36 @@ looks only at sizes that never change, so any thread may ask.
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future
 from types import MappingProxyType
 
 import torch
-from torch import Tensor
 
 from adapters.adapter import Adapter, Delta, Layout
 from adapters.errors import AdapterError, Finding
 from adapters.memory import zeros
+from adapters.page_copy import Copy, PageCopy, SitePages, copy_now
 from adapters.pages import PAGE_RANK, pages_needed
 from adapters.tally import Tally
 
 PageTable = Mapping[str, tuple[int, ...]]  # group -> page ids; only the groups that the adapter targets
 
 
-@dataclass(frozen=True, slots=True)
-class SitePages:
-    """One site's pages: the raw factors of every resident adapter, and the scale of each page and member."""
-
-    a: Tensor  # [pages, members, 16, in]
-    b: Tensor  # [pages, 16, sum(out)]: the members' outputs side by side
-    scale: Tensor  # [pages, members] float32; 0 where the page's adapter leaves the member alone
-
-
 class Pool:
     """Pages of every group: one free list and one page table per group; admission is all groups or none.
 
-    Eviction takes the generation whose last admit or unpin is the longest ago, and never a pinned one.
+    Eviction takes the generation whose last admit or unpin is the longest ago, and never a pinned one. An admitted
+    generation is resident when `copy` has written its pages; until then it is arriving, and holds them.
     """
 
     def __init__(
-        self, layout: Layout, pages: Mapping[str, int], dtype: torch.dtype, device: torch.device | str
+        self,
+        layout: Layout,
+        pages: Mapping[str, int],
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         if set(pages) != set(layout.groups) or min(pages.values(), default=1) < 1:
             raise ValueError(
@@ -51,7 +46,9 @@ class Pool:
         self._free = {group: list(range(count))[::-1] for group, count in pages.items()}
         self._tables: OrderedDict[str, PageTable] = OrderedDict()  # least recently used first
         self._pins: dict[str, int] = {}
-        self._doomed: set[str] = set()  # forgotten while pinned: freed at the last unpin
+        self._arriving: dict[str, Future[float]] = {}  # being copied
+        self._unused: set[str] = set()  # not pinned since they were admitted
+        self._doomed: set[str] = set()  # forgotten while pinned or arriving: freed when they are neither
         self.load_seconds = Tally()  # of copies to the device
         self._evictions = 0
         self._sites = tuple(
@@ -62,6 +59,7 @@ class Pool:
             )
             for site in layout.sites
         )
+        self.copy: Copy = copy_now
 
     @property
     def sites(self) -> tuple[SitePages, ...]:
@@ -91,15 +89,24 @@ class Pool:
     @property
     def residents(self) -> tuple[str, ...]:
         """The resident generations, least recently used first."""
-        return tuple(self._tables)
+        return tuple(each for each in tuple(self._tables) if each not in self._arriving)
 
     def resident(self, generation: str) -> bool:
         """Whether the generation's weights are in pages now."""
-        return generation in self._tables
+        self._settle()
+        return generation in self._tables and generation not in self._arriving
+
+    def arriving(self, generation: str) -> bool:
+        """Whether the generation has pages that are being written."""
+        return generation in self._arriving
+
+    def unused(self, generation: str) -> bool:
+        """Whether nobody has pinned the generation since it was admitted."""
+        return generation in self._unused
 
     def pages(self, generation: str) -> PageTable:
         """The page table of a resident generation."""
-        assert generation in self._tables, f"{generation} is not resident"
+        assert self.resident(generation), f"{generation} is not resident"
         return self._tables[generation]
 
     def fits(self, adapter: Adapter) -> None:
@@ -118,13 +125,15 @@ class Pool:
             )
 
     def admit(self, adapter: Adapter) -> bool:
-        """Make the adapter resident, evicting the least recently used if need be; False if that won't do."""
+        """Give the adapter pages and begin to write them, evicting the least recently used if need be.
+
+        False if that won't do.
+        """
         generation = adapter.generation
         if generation in self._tables:
             self._doomed.discard(generation)
             self._tables.move_to_end(generation)
             return True
-        started = time.perf_counter()
         needed = pages_needed(adapter, self._layout)
         victims = self._victims(needed)
         if victims is None:
@@ -136,13 +145,15 @@ class Pool:
             group: tuple(self._free[group].pop() for _ in range(count)) for group, count in needed.items()
         }
         self._tables[generation] = MappingProxyType(table)
-        self._copy(adapter, table)
-        self.load_seconds.add(time.perf_counter() - started)
+        self._unused.add(generation)
+        self._arriving[generation] = self.copy(self._copies(adapter, table))
+        self._settle()
         return True
 
     def pin(self, generation: str) -> None:
         """Hold a resident generation's pages; counted."""
-        assert generation in self._tables, f"{generation} is not resident"
+        assert self.resident(generation), f"{generation} is not resident"
+        self._unused.discard(generation)
         self._pins[generation] = self._pins.get(generation, 0) + 1
 
     def unpin(self, generation: str) -> None:
@@ -158,8 +169,9 @@ class Pool:
             self._release(generation)
 
     def forget(self, generation: str) -> None:
-        """Free the generation's pages, now or at its last unpin. One that is not resident is left alone."""
-        if generation in self._pins:
+        """Free the generation's pages, now, at its last unpin or when they are written. Another is left alone."""
+        self._settle()
+        if generation in self._pins or generation in self._arriving:
             self._doomed.add(generation)
         elif generation in self._tables:
             self._release(generation)
@@ -171,8 +183,11 @@ class Pool:
             assert sorted(held + self._free[group]) == list(range(total)), f"pages lost or shared in {group}"
         assert all(self._tables.values()), "a resident generation holds no page"
         assert all(count > 0 for count in self._pins.values()), "a pin count of zero is kept"
+        self._settle()
         assert self._pins.keys() <= self._tables.keys(), "a pinned generation is not resident"
-        assert self._doomed <= self._pins.keys(), "a forgotten generation is kept without a pin"
+        assert self._arriving.keys() <= self._tables.keys() - self._pins.keys(), "pages are read and written"
+        assert self._unused <= self._tables.keys() - self._pins.keys()
+        assert self._doomed <= self._pins.keys() | self._arriving.keys(), "one that was forgotten is kept"
         assert 0 <= self.used <= self.total
 
     def _victims(self, needed: Mapping[str, int]) -> list[str] | None:
@@ -180,7 +195,8 @@ class Pool:
         lacking = {group: count - len(self._free[group]) for group, count in needed.items()}
         victims: list[str] = []
         for generation, table in self._tables.items():
-            if generation in self._pins or not any(lacking.get(group, 0) > 0 for group in table):
+            held_fast = generation in self._pins or generation in self._arriving
+            if held_fast or not any(lacking.get(group, 0) > 0 for group in table):
                 continue
             victims.append(generation)
             for group, held in table.items():
@@ -188,32 +204,35 @@ class Pool:
                     lacking[group] -= len(held)
         return victims if all(count <= 0 for count in lacking.values()) else None
 
+    def _settle(self) -> None:
+        """Note which copies have ended; raises the error of one that failed."""
+        for generation, copied in tuple(self._arriving.items()):
+            if copied.done():
+                del self._arriving[generation]
+                self.load_seconds.add(copied.result())
+                if generation in self._doomed:
+                    self._release(generation)
+
     def _release(self, generation: str) -> None:
         for group, held in self._tables.pop(generation).items():
             self._free[group].extend(held)
         self._doomed.discard(generation)
+        self._unused.discard(generation)
 
-    def _copy(self, adapter: Adapter, table: PageTable) -> None:
-        """Host to device: overwrite every row of the taken pages, with zeros where the adapter has none."""
-        deltas = {(delta.site, delta.member): delta for delta in adapter.deltas}
-        for group, held in table.items():
-            for index in self._layout.groups[group]:
-                column = 0
-                for position, member in enumerate(self._layout.sites[index].members):
-                    columns = slice(column, column + member.out_features)
-                    column = columns.stop
-                    for order, page in enumerate(held):
-                        delta = deltas.get((index, position))
-                        _fill(self._sites[index], page, position, columns, delta, order * PAGE_RANK)
-
-
-def _fill(pages: SitePages, page: int, member: int, columns: slice, delta: Delta | None, first: int) -> None:
-    """Write one member's share of one page: the delta's rank rows from `first` on, then zeros."""
-    rows = 0 if delta is None else min(max(delta.rank - first, 0), PAGE_RANK)
-    a, b = pages.a[page, member], pages.b[page, :, columns]
-    if delta is not None and rows:
-        a[:rows].copy_(delta.a[first : first + rows])
-        b[:rows].copy_(delta.b[first : first + rows])
-    a[rows:].zero_()
-    b[rows:].zero_()
-    pages.scale[page, member] = delta.scale if delta is not None and rows else 0.0
+    def _copies(self, adapter: Adapter, table: PageTable) -> list[PageCopy]:
+        """What has to be written where: every page of every site of the adapter's groups."""
+        by_site: dict[int, dict[int, Delta]] = {}
+        for delta in adapter.deltas:
+            by_site.setdefault(delta.site, {})[delta.member] = delta
+        return [
+            PageCopy(
+                self._sites[index],
+                page,
+                self._layout.sites[index],
+                by_site.get(index, {}),
+                order * PAGE_RANK,
+            )
+            for group, held in table.items()
+            for index in self._layout.groups[group]
+            for order, page in enumerate(held)
+        ]

@@ -13,6 +13,7 @@ import argparse
 import json
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -96,6 +97,8 @@ def machine() -> str:
 
 
 def commit() -> str:
+    if shutil.which("git") is None:
+        return "unknown"
     said = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )

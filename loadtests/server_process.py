@@ -18,7 +18,7 @@ from pathlib import Path
 
 import httpx
 
-START_SECONDS = 120.0
+START_SECONDS = 180.0  # a first start on a GPU compiles kernels
 STOP_SECONDS = 30.0
 
 
@@ -55,7 +55,7 @@ def serving(model: Path, *flags: str, port: int | None = None) -> Iterator[Serve
     chosen = port if port is not None else free_port()
     with tempfile.TemporaryDirectory(prefix="loraplex-") as folder:
         log = Path(folder) / "log"
-        command = [str(Path(sys.executable).parent / "loraplex"), "serve", str(model), "--port", str(chosen)]
+        command = [sys.executable, "-m", "server.cli", "serve", str(model), "--port", str(chosen)]
         command += ["--adapter-store", f"{folder}/store", *flags]
         with log.open("w") as output:
             process = subprocess.Popen(  # a session of its own: Ctrl-C is for whoever started it

@@ -1,12 +1,13 @@
 """Is the product there at all? A server, three adapters at once, an upload, a refused upload, metrics, SIGTERM.
 
-    python -m loadtests.smoke
+    python -m loadtests.smoke [--device cuda] [any other flag of the server ...]
 
 Ends with a line `smoke: ok ...`, or with the first thing that was wrong and exit code 1.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -83,14 +84,19 @@ def metrics(client: httpx.Client) -> None:
         expect(line in text, f"/metrics does not say {line}")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the checks; 0 when all is well."""
+    parser = argparse.ArgumentParser(prog="loadtests.smoke", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    options, flags = parser.parse_known_args(arguments)
     started = time.perf_counter()
     modules = [flag for name in DOMAINS for flag in ("--lora-modules", f"{name}={DEMO}/adapters/{name}")]
     scene = json.loads((DEMO / "story.json").read_text())[0]
     try:
         with (
-            serving(DEMO / "base", "--served-model-name", "base", *modules) as server,
+            serving(
+                DEMO / "base", "--served-model-name", "base", "--device", options.device, *flags, *modules
+            ) as server,
             httpx.Client(base_url=server.url, timeout=60) as client,
         ):
             three_adapters_at_once(client, scene)

@@ -181,6 +181,13 @@ class Settings(BaseModel):
     linear_backend: Literal["exact", "bitsandbytes"] = Field(
         "exact", description="who multiplies by the base"
     )
+    batch_invariant: bool = Field(
+        False,
+        description="on a GPU, give a row the same bits alone and among others, which costs time; on a CPU it is so",
+    )
+    enforce_eager: bool = Field(
+        False, description="run every step as it comes, without CUDA graphs captured at start"
+    )
     cpu_math: Literal["fp32", "int8"] = Field(
         "fp32", description="arithmetic of products with NF4 weights on the CPU; int8 is faster and not exact"
     )

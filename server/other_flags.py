@@ -46,7 +46,6 @@ REFUSED: Mapping[str, str] = {
     "tokenizer": "the base's own tokenizer is used; put another into the checkpoint's folder",
     "revision": "fetch that revision with `hf download --revision`, and give its folder as MODEL",
     "download_dir": "the hub's own variable HF_HOME says where checkpoints are kept",
-    "enforce_eager": "there is nothing to turn off; leave it out",
     "fully_sharded_loras": _ONE_DEVICE,
     "lora_extra_vocab_size": "adapters that add tokens are not served",
     "lora_eviction_policy": "the adapter that was used the longest ago makes room; leave it out",

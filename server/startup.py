@@ -16,25 +16,30 @@ from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
 
 from adapters.adapter import Adapter
 from adapters.appraiser import Appraiser
 from adapters.errors import AdapterError
 from adapters.files import FileOps
 from adapters.loader import Loader
+from adapters.pages import PAGE_RANK
 from adapters.peft_format import copied, mapped
 from adapters.pool import Pool
 from adapters.registry import Registry
+from adapters.side_stream import SideStream
 from adapters.store import Store
-from kernels.cpu.library import Library
 from kernels.cpu.library import load as load_library
 from server.config import Settings, SettingsError, size_text
 from server.engine.blocks import Blocks
 from server.engine.engine import Engine
 from server.engine.scheduler import Limits, Residency, Scheduler
 from server.memory_plan import MemoryPlan, plan_memory
+from server.model.device_runner import DeviceRunner
+from server.model.graphs import GraphSizes
+from server.model.kernel_set import Kernels, compiled, plain
 from server.model.kv_cache import KVCache
-from server.model.linear import PackedLinear
+from server.model.linear import NOT_OURS
 from server.model.load import ModelSource, load_model
 from server.model.runner import Runner
 from server.model.servable import ServableModel, make_servable
@@ -55,13 +60,13 @@ def load(settings: Settings, serving: Serving) -> None:
     chat_template = read_chat_template(settings.chat_template)
     serving.detail, serving.progress = "loading weights", 0.1
     source = model_source(settings)
-    library = cpu_kernels(settings, source.device)
+    kernels = choose_kernels(settings, source.device)
     model = load_model(source)
     weights = model.get_memory_footprint()
     servable = make_servable(
         model,
         backend=settings.linear_backend,
-        library=library,
+        kernels=kernels,
         max_model_len=settings.max_model_len,
     )
     return_free_memory()
@@ -73,6 +78,8 @@ def load(settings: Settings, serving: Serving) -> None:
     serving.detail, serving.progress = "registering adapters", 0.9
     for module in settings.lora_modules:
         served.registry.put_folder(module.name, module.path)
+    if isinstance(served.engine.runner, DeviceRunner):
+        capture_graphs(served.engine.runner, serving)
     served.engine.start()
     serving.plan = (
         _model_line(settings, servable, weights),
@@ -101,19 +108,40 @@ def model_source(settings: Settings) -> ModelSource:
     )
 
 
-def cpu_kernels(settings: Settings, device: torch.device) -> Library | None:
-    """The compiled kernels, on every CPU; their absence is said once.
+def choose_kernels(settings: Settings, device: torch.device) -> Kernels:
+    """The device's own kernels; their absence is said once, and plain PyTorch serves.
 
     With `--linear-backend bitsandbytes` they do all but the products of quantized weights. Raises `SettingsError`
     where `--cpu-math int8` cannot be had: it is never exchanged for something else.
     """
-    ours = device.type == "cpu" and settings.linear_backend == "exact" and settings.quantization == "nf4"
-    if settings.cpu_math == "int8" and not ours:
+    if settings.cpu_math == "int8" and not (
+        device.type == "cpu" and settings.linear_backend == "exact" and settings.quantization == "nf4"
+    ):
         raise SettingsError(
             "--cpu-math int8 cannot be served: it is for NF4 weights on the CPU's own kernels"
         )
-    if device.type != "cpu":
-        return None
+    if settings.batch_invariant and settings.linear_backend == "bitsandbytes":
+        raise SettingsError(
+            "--batch-invariant cannot be had with --linear-backend bitsandbytes: its products depend on the batch"
+        )
+    return _cuda_kernels(settings, device) if device.type == "cuda" else _cpu_kernels(settings)
+
+
+def _cuda_kernels(settings: Settings, device: torch.device) -> Kernels:
+    """Triton's; with `--linear-backend bitsandbytes` for all but the products with quantized weights."""
+    try:
+        from server.model.cuda import cuda_kernels
+    except ImportError as error:
+        if settings.batch_invariant:
+            raise SettingsError(
+                f"--batch-invariant cannot be had on a GPU without Triton: {error}"
+            ) from error
+        logger.warning("no Triton kernels, so plain PyTorch serves: %s", error)
+        return plain()
+    return cuda_kernels(device, fixed=settings.batch_invariant)
+
+
+def _cpu_kernels(settings: Settings) -> Kernels:
     try:
         library = load_library(math=settings.cpu_math)
     except ValueError as error:
@@ -126,7 +154,8 @@ def cpu_kernels(settings: Settings, device: torch.device) -> Library | None:
         logger.warning(
             "no compiled CPU kernels, so plain PyTorch serves; install with a C compiler to have them"
         )
-    return library
+        return plain()
+    return compiled(library)
 
 
 def assemble(settings: Settings, servable: ServableModel, plan: MemoryPlan, tokenizer: Tokenizer) -> Served:
@@ -164,13 +193,15 @@ def assemble(settings: Settings, servable: ServableModel, plan: MemoryPlan, toke
         on_unreferenced=unreferenced,
     )
     loader = Loader(registry.read, plan.host_nbytes, lambda: engine.wake())
+    if servable.device.type == "cuda":
+        pool.copy = SideStream(pool.sites, lambda: engine.wake()).copy
     residency = Residency(loader, pool)
     limits = Limits(
         settings.max_num_seqs, settings.max_num_batched_tokens, settings.prefill_chunk, settings.block_size
     )
     scheduler = Scheduler(limits, Blocks(plan.kv_blocks), residency)
     engine = Engine(
-        Runner(servable, cache),
+        make_runner(settings, servable, cache, plan),
         scheduler,
         residency,
         max_queued=settings.max_queued_requests,
@@ -189,6 +220,31 @@ def assemble(settings: Settings, servable: ServableModel, plan: MemoryPlan, toke
         loader=loader,
         seeds=random.SystemRandom() if settings.seed is None else random.Random(settings.seed),
     )
+
+
+def make_runner(
+    settings: Settings, servable: ServableModel, cache: KVCache, plan: MemoryPlan
+) -> Runner | DeviceRunner:
+    """Who runs steps: on a GPU with its kernels, decodes are replayed from graphs unless --enforce-eager."""
+    if not servable.kernels.planned:
+        return Runner(servable, cache)
+    pages = min(-(-settings.max_lora_rank // PAGE_RANK), max(plan.pages.values()))
+    sizes = GraphSizes(settings.max_num_seqs, plan.max_model_len, pages)
+    fixed = settings.batch_invariant
+    layouts = sizes.layouts(servable.layout.groups, cache, servable.query_group, fixed)
+    return DeviceRunner(servable, cache, layouts=[] if settings.enforce_eager else layouts, fixed=fixed)
+
+
+def capture_graphs(runner: DeviceRunner, serving: Serving) -> None:
+    """Capture what a GPU replays, and say how far it is, to /ready and to whoever watches the terminal."""
+    serving.detail = "capturing CUDA graphs"
+    with tqdm(desc="capturing CUDA graphs", unit="graph", disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total, serving.progress = total, 0.9 + 0.1 * done / total
+            bar.update(done - bar.n)
+
+        runner.capture(progress)
 
 
 def read_chat_template(path: Path | None) -> str | None:
@@ -276,12 +332,10 @@ def _model_line(settings: Settings, servable: ServableModel, weights: int) -> st
 
 def _kernels(settings: Settings, servable: ServableModel) -> str:
     """Which kernels run, and what of the base's products they leave to others."""
-    if servable.library is None:
-        return "plain PyTorch"
-    said = f"{servable.library.instruction_set}, {servable.library.math}"
-    others = sum(not isinstance(group.base, PackedLinear) for group in servable.groups)
-    if not others:
-        return said
+    said = servable.kernels.name
+    others = sum(isinstance(group.base, NOT_OURS) for group in servable.groups)
+    if said is None or not others:
+        return said or "plain PyTorch"
     who = "bitsandbytes" if settings.linear_backend == "bitsandbytes" else "plain PyTorch"
     return f"{said}; {others} of {len(servable.groups)} products of the base by {who}"
 

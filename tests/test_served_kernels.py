@@ -1,6 +1,7 @@
 """Which kernels a server on a CPU runs, that it says so, and what it refuses."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,20 +56,34 @@ def asked(**given):
 
 def test_the_absence_of_compiled_kernels_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr("kernels.cpu.library.library_path", lambda: None)
-    assert startup.cpu_kernels(asked(), torch.device("cpu")) is None
+    assert startup.choose_kernels(asked(), torch.device("cpu")).name is None
     (record,) = caplog.records
     assert "install with a C compiler" in record.message
 
 
-def test_kernels_are_for_the_cpu(caplog):
-    assert startup.cpu_kernels(asked(), torch.device("cuda")) is None
-    assert not caplog.records
+def test_without_triton_a_gpu_is_served_in_plain_pytorch_and_that_is_said_once(monkeypatch, caplog):
+    for name in ("triton", "kernels.nf4"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "server.model.cuda", raising=False)
+    assert startup.choose_kernels(asked(), torch.device("cuda")).name is None
+    (record,) = caplog.records
+    assert "no Triton kernels" in record.message
+    with pytest.raises(SettingsError, match="without Triton"):
+        startup.choose_kernels(asked(batch_invariant=True), torch.device("cuda"))
+
+
+def test_bitsandbytes_products_are_not_batch_invariant():
+    with pytest.raises(SettingsError, match="its products depend on the batch"):
+        startup.choose_kernels(
+            asked(batch_invariant=True, linear_backend="bitsandbytes"), torch.device("cuda")
+        )
 
 
 @needs_a_compiler
 @pytest.mark.parametrize("given", [{}, {"linear_backend": "bitsandbytes"}, {"quantization": "none"}])
 def test_every_way_to_hold_weights_has_the_same_engine_around_it(given):
-    assert startup.cpu_kernels(asked(**given), torch.device("cpu")).instruction_set == best_instruction_set()
+    kernels = startup.choose_kernels(asked(**given), torch.device("cpu"))
+    assert kernels.library.instruction_set == best_instruction_set()
 
 
 @needs_a_compiler
@@ -96,8 +111,8 @@ def test_bitsandbytes_multiplies_in_the_same_engine(serve_demo):
     bases = {type(m.group.base) for m in runner.model.modules() if isinstance(m, LoRALinear)}
     assert bases == {ModuleLinear}
     assert isinstance(runner.model.get_output_embeddings().base, PackedLinear)
-    assert runner.library is not None
-    assert runner.row_tile == 1
+    assert runner.kernels.library is not None
+    assert runner.kernels.row_tile == 1
     assert any(isinstance(module, CompiledMLP) for module in runner.model.modules())
     assert (
         f"kernels     {best_instruction_set()}, fp32; 24 of 24 products of the base by bitsandbytes"
@@ -134,7 +149,7 @@ def test_without_compiled_kernels_plain_pytorch_serves_and_says_so(serve_demo, m
 def test_byte_arithmetic_is_served_or_refused(given, reason, monkeypatch):
     monkeypatch.setattr("kernels.cpu.library.library_path", lambda: None)
     with pytest.raises(SettingsError, match=f"--cpu-math int8 cannot be served: .*{reason}"):
-        startup.cpu_kernels(asked(cpu_math="int8", **given), torch.device("cpu"))
+        startup.choose_kernels(asked(cpu_math="int8", **given), torch.device("cpu"))
 
 
 def test_byte_arithmetic_is_refused_where_the_processor_lacks_it(monkeypatch):
@@ -143,4 +158,4 @@ def test_byte_arithmetic_is_refused_where_the_processor_lacks_it(monkeypatch):
 
     monkeypatch.setattr(startup, "load_library", lacking)
     with pytest.raises(SettingsError, match="no dot product of bytes"):
-        startup.cpu_kernels(asked(cpu_math="int8"), torch.device("cpu"))
+        startup.choose_kernels(asked(cpu_math="int8"), torch.device("cpu"))

@@ -29,6 +29,16 @@ def build(batch: list[Scheduled], residency: Residency, block_size: int) -> Step
     row = 0
     for item in batch:
         sequence, into = item.sequence, slice(row, row + item.count)
+        if item.count == 1:  # most rows of most steps: no arrays for one number
+            place = sequence.computed
+            token_ids[row], positions[row] = sequence.tokens[place], place
+            kv_index[row] = sequence.blocks[place // block_size] * block_size + place % block_size
+            spans.append(Span(row, into.stop, place + 1, sequence.blocks))
+            prompt_rows += (row for _ in item.scores)
+            row = into.stop
+            if item.samples:
+                logits_rows.append(row - 1)
+            continue
         first, end = sequence.computed, sequence.computed + item.count
         blocks = np.array(sequence.blocks, dtype=np.int32)
         at = np.arange(first, end)
@@ -51,14 +61,16 @@ def build(batch: list[Scheduled], residency: Residency, block_size: int) -> Step
 
 
 def _segments(batch: list[Scheduled], residency: Residency) -> Mapping[str, tuple[Segment, ...]]:
+    """By group. Groups with the same pages share one tuple, so that whoever makes tables of them makes one."""
     tables = [residency.pages(item.sequence.generation) for item in batch]
-    if not any(tables):
-        return {}
-    rows: dict[str, list[tuple[int, tuple[int, ...], tuple[float, ...]]]] = {
-        group: [] for table in tables for group in table
-    }
-    for item, table in zip(batch, tables, strict=True):
-        for group, found in rows.items():
-            pages = table.get(group, ())
-            found.append((item.count, pages, (1.0,) * len(pages)))
-    return {group: segments_of(found) for group, found in rows.items()}
+    counts = [item.count for item in batch]
+    made: dict[tuple[tuple[int, ...], ...], tuple[Segment, ...]] = {}
+    found: dict[str, tuple[Segment, ...]] = {}
+    for group in dict.fromkeys(group for table in tables for group in table):
+        pages = tuple(table.get(group, ()) for table in tables)
+        if pages not in made:
+            made[pages] = segments_of(
+                [(count, held, (1.0,) * len(held)) for count, held in zip(counts, pages, strict=True)]
+            )
+        found[group] = made[pages]
+    return found

@@ -43,6 +43,7 @@ from server.errors import (
     LoraplexError,
     QueueFullError,
 )
+from server.model.device_runner import DeviceRunner
 from server.model.runner import Runner
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Runner | DeviceRunner,
         scheduler: Scheduler,
         residency: Residency,
         *,

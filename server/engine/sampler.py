@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,27 +59,45 @@ def sample(
     chosen = shaped.argmax(dim=-1)
     drawn = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
     if drawn:
-        rows = torch.tensor(drawn, device=logits.device)
+        rows = _on(logits.device, drawn, torch.int64)
         chosen[rows] = _draw(shaped[rows], [sequences[row] for row in drawn])
     usable = torch.isfinite(logits.amax(dim=-1))
     if shaped is not own:
         usable[: len(sequences)] &= torch.isfinite(shaped.amax(dim=-1))
     if known:
-        chosen = torch.cat((chosen, torch.tensor([row.token_id for row in known], device=logits.device)))
+        chosen = torch.cat((chosen, _on(logits.device, [row.token_id for row in known], torch.int64)))
     chosen = torch.where(usable, chosen, -1)
     tops = [sequence.sampling.logprobs for sequence in sequences] + [row.top for row in known]
     return _read_back(logits, chosen, tops)
+
+
+def _on(device: torch.device, values: Any, dtype: torch.dtype) -> Tensor:
+    """Numbers on the device, without waiting for what runs there: a GPU fetches them from pinned memory."""
+    host = torch.as_tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def _on_host(found: Tensor) -> Tensor:
+    """A step's one read-back. What waits holds no lock of Python's, so that the event loop runs meanwhile."""
+    if found.device.type != "cuda":
+        return found
+    host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+    host.copy_(found, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    copied.synchronize()
+    return host
 
 
 def _read_back(logits: Tensor, chosen: Tensor, tops: Rows[int | None]) -> list[Pick | None]:
     """Tokens and the logprobs asked for, packed in float64, which holds ids and float32 exactly."""
     asked = [row for row, top in enumerate(tops) if top is not None]
     if not asked:
-        return [None if token < 0 else Pick(token) for token in chosen.tolist()]
+        return [None if token < 0 else Pick(token) for token in _on_host(chosen).tolist()]
     most = min(max(tops[row] or 0 for row in asked), logits.shape[1])
-    rows = torch.tensor(asked, device=logits.device)
+    rows = _on(logits.device, asked, torch.int64)
     report = _report(logits[rows], chosen[rows], most)
-    packed = torch.cat((chosen.double(), report.flatten())).tolist()
+    packed = _on_host(torch.cat((chosen.double(), report.flatten()))).tolist()
     picks = [None if token < 0 else Pick(int(token)) for token in packed[: len(tops)]]
     width = 1 + 2 * most
     for place, row in enumerate(asked):
@@ -129,11 +148,11 @@ def _shape(logits: Tensor, sequences: Rows[Sequence], mask: Tensor | None) -> Te
         return logits if mask is None else logits + mask
     logits = logits.clone()
     if bias:
-        rows, ids, values = torch.tensor(bias, dtype=torch.float64, device=logits.device).unbind(1)
+        rows, ids, values = _on(logits.device, bias, torch.float64).unbind(1)
         at = (rows.long(), ids.long())
         logits[at] = logits[at] + values.float()
     if ends:
-        rows, ids = torch.tensor(ends, device=logits.device).unbind(1)
+        rows, ids = _on(logits.device, ends, torch.int64).unbind(1)
         logits[rows, ids] = float("-inf")
     if mask is not None:
         logits += mask
@@ -163,7 +182,7 @@ def _penalties(row: int, sequence: Sequence) -> NDArray[np.float64]:  # [6, toke
 
 def _penalize(logits: Tensor, penalties: NDArray[np.float64]) -> None:
     """In place: each (row, id) stands in `penalties` once."""
-    rows, ids, *others = torch.from_numpy(penalties).to(logits.device)
+    rows, ids, *others = _on(logits.device, penalties, torch.float64)
     at = (rows.long(), ids.long())
     repetition, frequency, counts, presence = (each.float() for each in others)
     values = logits[at]
@@ -176,7 +195,7 @@ def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     """Gumbel-max: the largest of log-probability plus noise is a draw from the distribution (Gumbel 1954)."""
 
     def column(values: Iterable[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype, device=logits.device)[:, None]
+        return _on(logits.device, list(values), dtype)[:, None]
 
     temperatures = [max(s.sampling.temperature, _LEAST_TEMPERATURE) for s in sequences]
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / column(temperatures, torch.float32)
@@ -190,8 +209,8 @@ def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     top_p = [s.sampling.top_p for s in sequences]
     if min(top_k) < logits.shape[1] or min(top_p) < 1:
         scaled = _keep_top(scaled, column(top_k, torch.int64), column(top_p, torch.float32))
-    seeds = torch.tensor([_signed(s.sampling.seed) for s in sequences], device=logits.device)[:, None]
-    positions = torch.tensor([s.output_length for s in sequences], device=logits.device)[:, None]
+    seeds = column((_signed(s.sampling.seed) for s in sequences), torch.int64)
+    positions = column((s.output_length for s in sequences), torch.int64)
     uniform = _uniform(seeds, positions, torch.arange(logits.shape[1], device=logits.device)[None])
     return (scaled.double() - torch.log(-torch.log(uniform))).argmax(dim=-1)
 

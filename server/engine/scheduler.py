@@ -23,7 +23,7 @@ class Admission(Enum):
     """The answer to a sequence that wants to run."""
 
     READY = auto()  # resident and pinned
-    LOADING = auto()  # being read from disk; ask again when the loader says so
+    LOADING = auto()  # being read from disk, or copied to the device; ask again when that has ended
     NO_ROOM = auto()  # pages are held by running sequences
 
 
@@ -40,15 +40,20 @@ class Residency:
         """Pin a generation's pages if that can be done now; raises `AdapterError` when it cannot be read."""
         if generation is None:
             return Admission.READY
-        if self.pool.resident(generation):
-            self.hits += 1
-        else:
+        if not self.pool.resident(generation):
+            if self.pool.arriving(generation):
+                return Admission.LOADING
             adapter = self.loader.get(generation)
             if adapter is None:
                 return Admission.LOADING
             if not self.pool.admit(adapter):
                 return Admission.NO_ROOM
+            if not self.pool.resident(generation):
+                return Admission.LOADING
+        if self.pool.unused(generation):
             self.misses += 1
+        else:
+            self.hits += 1
         self.pool.pin(generation)
         return Admission.READY
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from transformers import AttentionInterface
 
 from kernels import reference
 from kernels.cpu import operations
-from server.model.context import current_context
+from kernels.cpu.library import Library
+from server.model.context import ForwardContext, current_context
 
 IMPLEMENTATION = "loraplex_paged"
 _HARMLESS = frozenset(
@@ -51,6 +52,47 @@ class AttentionLayer:
     window: int | None
     unknown: frozenset[str]
     masked: bool
+    group: int = 1  # query heads that share a key head
+
+
+class Attend(Protocol):
+    """Write a step's keys and values to a layer's cache, and attend to each row's own sequence."""
+
+    def __call__(
+        self,
+        context: ForwardContext,
+        layer: int,
+        q: Tensor,  # [rows, query heads, k width]
+        k: Tensor,  # [rows, kv heads, k width]
+        v: Tensor,  # [rows, kv heads, v width]
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:  # [rows, query heads, v width]
+        ...
+
+
+def plain_attention(
+    context: ForwardContext, layer: int, q: Tensor, k: Tensor, v: Tensor, **asked: Any
+) -> Tensor:
+    """`Attend` in plain PyTorch."""
+    k_cache, v_cache = context.kv_caches[layer]
+    reference.write_kv(k_cache, k, context.kv_index)
+    reference.write_kv(v_cache, v, context.kv_index)
+    return reference.attention(q, k_cache, v_cache, context.spans, **asked)
+
+
+def compiled_attention(
+    library: Library, context: ForwardContext, layer: int, q: Tensor, k: Tensor, v: Tensor, **asked: Any
+) -> Tensor:
+    """`Attend` by the CPU's kernels, which are for float32."""
+    if q.dtype is not torch.float32:
+        return plain_attention(context, layer, q, k, v, **asked)
+    k_cache, v_cache = context.kv_caches[layer]
+    operations.write_kv(library, k_cache, v_cache, k, v, context.kv_index, context.spans.rows)
+    return operations.attention(library, q, k_cache, v_cache, context.spans, **asked)
 
 
 _probe: ContextVar[dict[int, AttentionLayer] | None] = ContextVar("loraplex_attention_probe", default=None)
@@ -86,26 +128,30 @@ def paged_attention(
     if seen is not None:
         unknown = frozenset(name for name, given in others.items() if given is not None) - _HARMLESS
         seen[layer] = AttentionLayer(
-            key.shape[1], key.shape[3], value.shape[3], sliding_window, unknown, attention_mask is not None
+            key.shape[1],
+            key.shape[3],
+            value.shape[3],
+            sliding_window,
+            unknown,
+            attention_mask is not None,
+            query.shape[1] // key.shape[1],
         )
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     context = current_context()
     assert context is not None, "paged attention ran outside a forward context"
     q, k, v = (rows[0].transpose(0, 1) for rows in (query, key, value))  # [rows, heads, width]
-    k_cache, v_cache = context.kv_caches[layer]
-    asked: dict[str, Any] = {
-        "scale": scaling if scaling is not None else query.shape[3] ** -0.5,
-        "window": sliding_window,
-        "softcap": softcap,
-        "sinks": s_aux,
-    }
-    if context.library is not None and q.dtype is torch.float32:
-        operations.write_kv(context.library, k_cache, v_cache, k, v, context.kv_index, context.spans.rows)
-        out = operations.attention(context.library, q, k_cache, v_cache, context.spans, **asked)
-    else:
-        reference.write_kv(k_cache, k, context.kv_index)
-        reference.write_kv(v_cache, v, context.kv_index)
-        out = reference.attention(q, k_cache, v_cache, context.spans, **asked)
+    attend = context.kernels.attend if context.kernels else plain_attention
+    out = attend(
+        context,
+        layer,
+        q,
+        k,
+        v,
+        scale=scaling if scaling is not None else query.shape[3] ** -0.5,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
     return out[None], None
 
 

@@ -7,7 +7,7 @@ same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,20 @@ from server.model.context import ForwardContext, forward_context
 from server.model.linear import LoRALinear, PackedLinear
 from server.model.steady import CompiledLayer, CompiledMLP, CompiledRMSNorm
 
+if TYPE_CHECKING:
+    from server.model.kernel_set import Kernels
+
 _TRIAL_ROWS = 3
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def install_compiled_layers(model: nn.Module, library: Library, attention: Sequence[AttentionLayer]) -> int:
+def install_compiled_layers(model: nn.Module, kernels: Kernels, attention: Sequence[AttentionLayer]) -> int:
     """Let every layer that can be run so be run so; returns how many. Linears and norms are in their places already."""
-    replaced = 0
+    library, replaced = kernels.library, 0
+    assert library is not None
     for layer in model.modules():
         compiled = _compiled(layer, library, attention)
-        if compiled is not None and _answers_alike(compiled):
+        if compiled is not None and _answers_alike(compiled, kernels):
             layer.forward = compiled
             replaced += 1
     return replaced
@@ -75,7 +79,7 @@ def _compiled(
 
 
 @torch.inference_mode()
-def _answers_alike(compiled: CompiledLayer) -> bool:
+def _answers_alike(compiled: CompiledLayer, kernels: Kernels) -> bool:
     """Whether the layer itself gives the same bits, on rows of one sequence."""
     seeded = torch.Generator().manual_seed(0)
     shape, rows = compiled.shape, _TRIAL_ROWS
@@ -87,7 +91,7 @@ def _answers_alike(compiled: CompiledLayer) -> bool:
         spans=Spans((Span(0, rows, rows, (0,)),), rows, torch.device("cpu")),
         segments={},
         kv_caches=(cast(tuple[Tensor, Tensor], cache),) * (compiled.index + 1),
-        library=compiled.library,
+        kernels=kernels,
     )
     with forward_context(context):
         try:

@@ -10,12 +10,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from kernels.cpu.layer import StepCall
-from kernels.cpu.library import Library
+from kernels.plans import AttentionPlan, DeltaPlan
 from kernels.segments import FlatSegments, Segment, Spans
+
+if TYPE_CHECKING:  # kernels are functions of this context
+    from server.model.kernel_set import Kernels
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlans:
+    """Spans and segments as tables on the device, in the form of the GPU's kernels."""
+
+    attention: AttentionPlan
+    deltas: Mapping[str, DeltaPlan]  # group -> tiles and jobs; a group without adapters is not there
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +38,8 @@ class ForwardContext:
     spans: Spans  # which rows attend to which blocks
     segments: Mapping[str, tuple[Segment, ...]]  # group -> which rows read which adapter pages
     kv_caches: tuple[tuple[Tensor, Tensor], ...]  # per layer: keys and values [positions, heads, width]
-    library: Library | None = None  # of compiled kernels, where they run
+    kernels: Kernels | None = None  # who computes; plain PyTorch if not said
+    plans: StepPlans | None = None  # of a step on a GPU
     compiled_steps: dict[tuple[Tensor, Tensor], StepCall] = field(
         default_factory=dict
     )  # by the angles of its rows

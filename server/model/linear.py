@@ -18,11 +18,11 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
 from adapters.adapter import Site
-from adapters.pool import SitePages
+from adapters.page_copy import SitePages
 from kernels import reference
 from kernels.cpu import operations
 from kernels.cpu.library import Library
-from server.model.context import current_context
+from server.model.context import ForwardContext, current_context
 
 
 class BaseLinear(Protocol):
@@ -44,12 +44,12 @@ class DenseLinear:
 
     @classmethod
     def of(cls, members: Sequence[nn.Linear]) -> DenseLinear:
-        weight = torch.cat([member.weight.detach() for member in members])
+        weight = joined([member.weight.detach() for member in members])
         offset = 0
         for member in members:  # the modules keep views, so that the weights exist once
             member.weight = nn.Parameter(weight[offset : offset + member.out_features], requires_grad=False)
             offset += member.out_features
-        return cls(weight, _joined_bias(members, weight.dtype))
+        return cls(weight, joined_bias(members, weight.dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
         return reference.linear(x, self.weight, self.bias)
@@ -116,13 +116,13 @@ class PackedLinear:
             weights = [FourBitWeight.of(cast(Linear4bit, member)) for member in members]
             packed = operations.pack_nf4(
                 library,
-                _joined([weight.packed.flatten() for weight in weights]),
-                _joined([weight.absmax for weight in weights]),
+                joined([weight.packed.flatten() for weight in weights]),
+                joined([weight.absmax for weight in weights]),
                 (sum(weight.shape[0] for weight in weights), weights[0].shape[1]),
             )
         else:
-            packed = operations.pack_plain(library, _joined([member.weight.detach() for member in members]))
-        return cls(library, packed, _joined_bias(members, torch.float32))
+            packed = operations.pack_plain(library, joined([member.weight.detach() for member in members]))
+        return cls(library, packed, joined_bias(members, torch.float32))
 
     def __call__(self, x: Tensor) -> Tensor:
         return operations.linear(self.library, x, self.weight, self.bias)
@@ -137,7 +137,7 @@ class FourBitLinear:
 
     @classmethod
     def of(cls, members: Sequence[Linear4bit], dtype: torch.dtype) -> FourBitLinear:
-        return cls(tuple(FourBitWeight.of(member) for member in members), _joined_bias(members, dtype))
+        return cls(tuple(FourBitWeight.of(member) for member in members), joined_bias(members, dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
         parts = [weight.dequantize(x.dtype) for weight in self.weights]
@@ -156,7 +156,7 @@ class Int8Linear:
     def of(cls, members: Sequence[Linear8bitLt], dtype: torch.dtype) -> Int8Linear:
         weight = torch.cat([member.weight.data for member in members])
         absmax = torch.cat([member.weight.SCB for member in members]).float()
-        return cls(weight, absmax, _joined_bias(members, dtype))
+        return cls(weight, absmax, joined_bias(members, dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
         return reference.int8_linear(x, self.weight, self.absmax, self.bias)
@@ -173,12 +173,15 @@ class ModuleLinear:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+NOT_OURS = (DenseLinear, FourBitLinear, Int8Linear, ModuleLinear)  # products by PyTorch or bitsandbytes
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
     """The parts one after the other; a single one without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _joined_bias(members: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | None:
+def joined_bias(members: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | None:
     """The members' biases side by side, zeros where one has none; None when none has."""
     if all(member.bias is None for member in members):
         return None
@@ -190,14 +193,71 @@ def _joined_bias(members: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | N
     return torch.cat([part.to(dtype) for part in parts])
 
 
+def exact_linear(members: Sequence[nn.Linear], dtype: torch.dtype) -> BaseLinear:
+    """The exact product in plain PyTorch, of whatever kind the members' weights are; `dtype` is what x will have."""
+    if isinstance(members[0], Linear4bit):
+        return FourBitLinear.of(cast(Sequence[Linear4bit], members), dtype)
+    if isinstance(members[0], Linear8bitLt):
+        return Int8Linear.of(cast(Sequence[Linear8bitLt], members), dtype)
+    return DenseLinear.of(members)
+
+
+class Deltas(Protocol):
+    """`base(x)` with the deltas of every segment of the running step added: `y += expand(shrink(x))`."""
+
+    def product(
+        self,
+        base: BaseLinear,
+        x: Tensor,  # [rows, in]
+        group: str,
+        context: ForwardContext,
+    ) -> Tensor:  # [rows, sum of widths]
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlainDeltas:
+    """Segment by segment, in plain PyTorch."""
+
+    pages: SitePages
+    widths: tuple[int, ...]  # of the members
+
+    def product(self, base: BaseLinear, x: Tensor, group: str, context: ForwardContext) -> Tensor:
+        y = base(x)
+        for segment in context.segments.get(group, ()):
+            v = reference.shrink(x, self.pages.a, self.pages.scale, segment)
+            reference.expand(y, v, self.pages.b, self.widths, segment)
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledDeltas:
+    """All segments in one call of the CPU's kernels, which are for float32."""
+
+    deltas: operations.Deltas
+    plain: PlainDeltas
+
+    @classmethod
+    def of(cls, library: Library, pages: SitePages, widths: tuple[int, ...]) -> CompiledDeltas:
+        deltas = operations.Deltas.of(library, pages.a, pages.b, pages.scale, widths)
+        return cls(deltas, PlainDeltas(pages, widths))
+
+    def product(self, base: BaseLinear, x: Tensor, group: str, context: ForwardContext) -> Tensor:
+        if x.dtype is not torch.float32:
+            return self.plain.product(base, x, group, context)
+        y = base(x)
+        if context.segments.get(group):
+            self.deltas.add(y, x, context.flat_segments(group))
+        return y
+
+
 @dataclass(slots=True, eq=False)
 class LinearGroup:
-    """Sibling linears of one site: one base product, one shrink and one expand per segment."""
+    """Sibling linears of one site: one product for all, adapters included."""
 
     site: Site
     base: BaseLinear
-    pages: SitePages | None = None  # set once, when the pool is made
-    deltas: operations.Deltas | None = None  # of those pages, where the compiled kernels run
+    deltas: Deltas | None = None  # set once, when the pool is made
     _input: Tensor | None = field(default=None, repr=False)
     _outputs: tuple[Tensor, ...] = field(default=(), repr=False)
     widths: tuple[int, ...] = field(init=False)
@@ -205,16 +265,10 @@ class LinearGroup:
     def __post_init__(self) -> None:
         self.widths = tuple(member.out_features for member in self.site.members)
 
-    def attach(self, pages: SitePages, library: Library | None) -> None:
-        """Read the deltas from these pages from now on."""
-        self.pages = pages
-        if library is not None:
-            self.deltas = operations.Deltas.of(library, pages.a, pages.b, pages.scale, self.widths)
-
     def output(self, x: Tensor, member: int) -> Tensor:
         """One member's output; all members are computed when `x` is first seen, and let go after the last."""
         if self._input is not x:
-            y = self.product(x.reshape(-1, x.shape[-1]))
+            y = self._product(x.reshape(-1, x.shape[-1]))
             y = y.view(*x.shape[:-1], y.shape[-1])
             self._input = x
             self._outputs = torch.split_with_sizes(y, self.widths, -1) if len(self.widths) > 1 else (y,)
@@ -223,31 +277,14 @@ class LinearGroup:
             self._input, self._outputs = None, ()
         return result
 
-    def product(
+    def _product(
         self,
         x: Tensor,  # [rows, in]
     ) -> Tensor:  # [rows, sum of widths]
-        """All members' outputs side by side, the running step's deltas added."""
-        y = self.base(x)
-        self.add_deltas(y, x)
-        return y
-
-    def add_deltas(
-        self,
-        y: Tensor,  # [rows, sum of widths], written
-        x: Tensor,  # [rows, in]
-    ) -> None:
-        """`y += expand(shrink(x))` over the segments of the running step."""
         context = current_context()
-        if context is None or self.pages is None:
-            return
-        segments = context.segments.get(self.site.group, ())
-        if segments and self.deltas is not None and y.dtype is torch.float32:
-            self.deltas.add(y, x, context.flat_segments(self.site.group))
-            return
-        for segment in segments:
-            v = reference.shrink(x, self.pages.a, self.pages.scale, segment)
-            reference.expand(y, v, self.pages.b, self.widths, segment)
+        if context is None or self.deltas is None:
+            return self.base(x)
+        return self.deltas.product(self.base, x, self.site.group, context)
 
 
 class Head(nn.Module):

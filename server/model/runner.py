@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.reference import ROW_TILE
 from kernels.segments import Segment, Span, Spans
 from server.model.context import ForwardContext, forward_context
 from server.model.kv_cache import PADDING_BLOCK, KVCache
@@ -39,16 +38,15 @@ class Runner:
         self.model = servable.model
         self.device = servable.device
         self.cache = cache
-        self.library = servable.library
-        # plain products sum in another order for one row than for sixteen; the compiled ones have one order
-        self.row_tile = 1 if servable.library else ROW_TILE
+        self.kernels = servable.kernels
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> Tensor:  # [wanted, vocabulary] float32
         """Logits of `inputs.logits_rows`, in that order, on the model's device."""
         device = self.device
+        tile = self.kernels.row_tile
         rows, wanted = len(inputs.token_ids), len(inputs.logits_rows)
-        padded, padded_wanted = (-(-count // self.row_tile) * self.row_tile for count in (rows, wanted))
+        padded, padded_wanted = (-(-count // tile) * tile for count in (rows, wanted))
         host = np.zeros(3 * padded + padded_wanted, np.int64)
         host[:rows] = inputs.token_ids
         host[padded : padded + rows] = inputs.positions
@@ -62,7 +60,7 @@ class Runner:
             spans=Spans(inputs.spans, self.cache.block_size, device),
             segments=inputs.segments,
             kv_caches=self.cache.layers,
-            library=self.library,
+            kernels=self.kernels,
         )
         with forward_context(context):
             output = self.model(

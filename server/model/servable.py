@@ -15,20 +15,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from adapters.adapter import Layout, Site
-from adapters.pool import SitePages
-from kernels.cpu.library import Library
+from adapters.page_copy import SitePages
 from server.model.attention import IMPLEMENTATION, AttentionLayer, register
 from server.model.compiled_layer import install_compiled_layers
+from server.model.kernel_set import Kernels, plain
 from server.model.linear import (
     BaseLinear,
-    DenseLinear,
-    FourBitLinear,
     Head,
-    Int8Linear,
     LinearGroup,
     LoRALinear,
     ModuleLinear,
-    PackedLinear,
+    exact_linear,
 )
 from server.model.probe import probe, refuse_unserved_config
 from server.model.steady import (
@@ -50,7 +47,7 @@ class ServableModel:
     groups: tuple[LinearGroup, ...]  # index as in layout.sites
     attention: tuple[AttentionLayer, ...]
     max_model_len: int
-    library: Library | None  # of compiled kernels, where they run
+    kernels: Kernels
 
     @property
     def device(self) -> torch.device:
@@ -64,23 +61,29 @@ class ServableModel:
     def vocab_size(self) -> int:
         return int(self.model.config.get_text_config(decoder=True).vocab_size)
 
+    @property
+    def query_group(self) -> int:
+        """Query heads that share a key head, in the layer where most do."""
+        return max(layer.group for layer in self.attention)
+
     def attach(self, pages: Sequence[SitePages]) -> None:
         """Give each group the pool's pages of its site."""
         for group, site_pages in zip(self.groups, pages, strict=True):
-            group.attach(site_pages, self.library)
+            group.deltas = self.kernels.deltas(site_pages, group.widths)
 
 
 def make_servable(
     model: PreTrainedModel,
     *,
     backend: LinearBackend = "exact",
-    library: Library | None = None,
+    kernels: Kernels | None = None,
     max_model_len: int | None = None,
 ) -> ServableModel:
-    """Probe the model and replace what has state per request, in place; `library` multiplies by the base if given.
+    """Probe the model and replace what has state per request, in place; plain PyTorch computes if nobody else is given.
 
     Raises `UnsupportedModelError` for an architecture that cannot be served, naming it and the reason.
     """
+    kernels = kernels or plain()
     refuse_unserved_config(model)
     register()
     model.eval().requires_grad_(False)
@@ -88,49 +91,51 @@ def make_servable(
     config = model.config.get_text_config(decoder=True)
     length = min(max_model_len or config.max_position_embeddings, config.max_position_embeddings)
     install_rotary_tables(model, length)
-    if model.device.type == "cpu" and model.dtype is torch.float32:
-        install_steady_activations(model, library)
-        if library is not None:
-            install_compiled_rows(model, library)
-            install_compiled_rotation(model, library)
+    _install_rows(model, kernels)
     findings = probe(model)
-    groups = tuple(_install_group(model, site, backend, library) for site in findings.layout.sites)
-    if library is not None:
-        _install_head(model, library)
-        install_compiled_layers(model, library, findings.attention)
-    return ServableModel(model, findings.layout, groups, findings.attention, length, library)
+    groups = tuple(_install_group(model, site, backend, kernels) for site in findings.layout.sites)
+    _install_head(model, kernels)
+    if kernels.library is not None:
+        install_compiled_layers(model, kernels, findings.attention)
+    return ServableModel(model, findings.layout, groups, findings.attention, length, kernels)
+
+
+def _install_rows(model: PreTrainedModel, kernels: Kernels) -> None:
+    """Norms, gated MLPs, activations and rotations by kernels that have them for this dtype."""
+    rows = kernels.rows if kernels.rows and model.dtype in kernels.rows.dtypes else None
+    if rows is not None or (model.device.type == "cpu" and model.dtype is torch.float32):
+        install_steady_activations(model, rows)
+    if rows is not None:
+        install_compiled_rows(model, rows)
+        install_compiled_rotation(model, rows)
 
 
 def _install_group(
-    model: PreTrainedModel, site: Site, backend: LinearBackend, library: Library | None
+    model: PreTrainedModel, site: Site, backend: LinearBackend, kernels: Kernels
 ) -> LinearGroup:
     members = [cast(nn.Linear, model.get_submodule(member.module)) for member in site.members]
-    group = LinearGroup(site, _base(members, model.dtype, backend, library))
+    group = LinearGroup(site, _base(members, model.dtype, backend, kernels))
     for position, member in enumerate(site.members):
         model.set_submodule(member.module, LoRALinear(group, position))
     return group
 
 
-def _install_head(model: PreTrainedModel, library: Library) -> None:
-    """The output embedding by the same kernels. One that shares its weights with the input embedding is packed beside
-    them: the one is read whole, the other by rows."""
+def _install_head(model: PreTrainedModel, kernels: Kernels) -> None:
+    """The output embedding by kernels that have a product for it. One that shares its weights with the input embedding
+    may be held beside them: the one is read whole, the other by rows."""
     head = model.get_output_embeddings()
-    (path,) = (path for path, module in model.named_modules() if module is head)
-    model.set_submodule(path, Head(PackedLinear.of([head], library)))
+    product = kernels.head([head], model.dtype)
+    if product is not None:
+        (path,) = (path for path, module in model.named_modules() if module is head)
+        model.set_submodule(path, Head(product))
 
 
 def _base(
-    members: Sequence[nn.Linear], dtype: torch.dtype, backend: LinearBackend, library: Library | None
+    members: Sequence[nn.Linear], dtype: torch.dtype, backend: LinearBackend, kernels: Kernels
 ) -> BaseLinear:
     quantized = isinstance(members[0], Linear4bit | Linear8bitLt)
     if any(type(member) is not type(members[0]) for member in members) or (
         quantized and backend == "bitsandbytes"
     ):
         return ModuleLinear(tuple(members))
-    if library is not None and PackedLinear.serves(members):
-        return PackedLinear.of(members, library)
-    if isinstance(members[0], Linear4bit):
-        return FourBitLinear.of(cast(Sequence[Linear4bit], members), dtype)
-    if isinstance(members[0], Linear8bitLt):
-        return Int8Linear.of(cast(Sequence[Linear8bitLt], members), dtype)
-    return DenseLinear.of(members)
+    return kernels.linear(members, dtype) or exact_linear(members, dtype)

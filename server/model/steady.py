@@ -15,7 +15,7 @@ import operator
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,25 @@ from transformers.activations import ACT2FN
 from kernels.cpu import operations
 from kernels.cpu.layer import AttentionShape, LayerCall, SiteWeights, StepCall, run_layer
 from kernels.cpu.library import Library
+from kernels.cpu.operations import Activation
 from server.model.context import ForwardContext, current_context
-from server.model.linear import LinearGroup, PackedLinear
+from server.model.linear import CompiledDeltas, LinearGroup, PackedLinear
+
+
+class Gate(Protocol):
+    """`activation(x) * up`, or the activation alone."""
+
+    def __call__(self, activation: Activation, x: Tensor, up: Tensor | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RowOperations:
+    """Row by row: kernels that take the place of a model's own where they give the same."""
+
+    dtypes: frozenset[torch.dtype]  # that they take
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]  # x [..., width], weight, epsilon
+    gate: Gate
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]  # x [rows, heads, width], cos and sin [rows, width]
 
 
 class RotaryTable(nn.Module):
@@ -68,30 +85,30 @@ def install_rotary_tables(model: nn.Module, length: int) -> int:
 class SteadySiLU(nn.Module):
     """`x / (1 + exp(-x))`."""
 
-    kind: operations.Activation = "silu"
+    kind: Activation = "silu"
 
-    def __init__(self, library: Library | None = None) -> None:
+    def __init__(self, rows: RowOperations | None = None) -> None:
         super().__init__()
-        self.library = library
+        self.rows = rows
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.library is not None:
-            return operations.gate(self.library, self.kind, x)
+        if self.rows is not None:
+            return self.rows.gate(self.kind, x)
         return x / (1 + torch.exp(-x))
 
 
 class SteadyGELUTanh(nn.Module):
     """`x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`."""
 
-    kind: operations.Activation = "gelu_tanh"
+    kind: Activation = "gelu_tanh"
 
-    def __init__(self, library: Library | None = None) -> None:
+    def __init__(self, rows: RowOperations | None = None) -> None:
         super().__init__()
-        self.library = library
+        self.rows = rows
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.library is not None:
-            return operations.gate(self.library, self.kind, x)
+        if self.rows is not None:
+            return self.rows.gate(self.kind, x)
         inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
         return 0.5 * x * (1 + torch.tanh(inner))
 
@@ -103,13 +120,13 @@ class SteadyGELU(nn.Module):
         return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
 
 
-def install_steady_activations(model: nn.Module, library: Library | None = None) -> None:
+def install_steady_activations(model: nn.Module, rows: RowOperations | None = None) -> None:
     """Replace the activations above wherever the model has them; others stay as they are."""
     steady: dict[type, Callable[[], nn.Module]] = {
-        type(ACT2FN["silu"]): lambda: SteadySiLU(library),
-        nn.SiLU: lambda: SteadySiLU(library),
-        type(ACT2FN["gelu_pytorch_tanh"]): lambda: SteadyGELUTanh(library),
-        type(ACT2FN["gelu_new"]): lambda: SteadyGELUTanh(library),
+        type(ACT2FN["silu"]): lambda: SteadySiLU(rows),
+        nn.SiLU: lambda: SteadySiLU(rows),
+        type(ACT2FN["gelu_pytorch_tanh"]): lambda: SteadyGELUTanh(rows),
+        type(ACT2FN["gelu_new"]): lambda: SteadyGELUTanh(rows),
         type(ACT2FN["gelu"]): SteadyGELU,
     }
     for parent, name, child in _children(model):
@@ -120,47 +137,47 @@ def install_steady_activations(model: nn.Module, library: Library | None = None)
 class CompiledRMSNorm(nn.Module):
     """A norm by the root mean square, in one call."""
 
-    def __init__(self, library: Library, weight: Tensor, epsilon: float) -> None:
+    def __init__(self, rows: RowOperations, weight: Tensor, epsilon: float) -> None:
         super().__init__()
-        self.library, self.epsilon = library, epsilon
+        self.rows, self.epsilon = rows, epsilon
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return operations.rms_norm(self.library, x, self.weight, self.epsilon)
+        return self.rows.rms_norm(x, self.weight, self.epsilon)
 
 
 class CompiledMLP(nn.Module):
     """`down(activation(gate(x)) * up(x))`, the middle in one call; its linears keep the names that adapters know."""
 
-    def __init__(self, library: Library, original: nn.Module) -> None:
+    def __init__(self, rows: RowOperations, original: nn.Module) -> None:
         super().__init__()
-        self.library = library
+        self.rows = rows
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = map(original.get_submodule, _MLP)
 
     @property
-    def kind(self) -> operations.Activation:
+    def kind(self) -> Activation:
         return cast(SteadySiLU | SteadyGELUTanh, self.act_fn).kind
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = operations.gate(self.library, self.kind, self.gate_proj(x), self.up_proj(x))
+        inner = self.rows.gate(self.kind, self.gate_proj(x), self.up_proj(x))
         return cast(Tensor, self.down_proj(inner))
 
 
 _MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
-def install_compiled_rows(model: nn.Module, library: Library) -> None:
+def install_compiled_rows(model: nn.Module, rows: RowOperations) -> None:
     """Replace norms and gated MLPs by compiled ones where these give what the model's own give, tried on numbers."""
     for parent, name, child in _children(model):
         if "RMSNorm" in type(child).__name__:
-            norm = _compiled_norm(child, library)
+            norm = _compiled_norm(child, rows)
             if norm is not None:
                 setattr(parent, name, norm)
-        elif {key for key, _ in child.named_children()} == set(_MLP) and _is_gated_mlp(child, library):
-            setattr(parent, name, CompiledMLP(library, child))
+        elif {key for key, _ in child.named_children()} == set(_MLP) and _is_gated_mlp(child, rows):
+            setattr(parent, name, CompiledMLP(rows, child))
 
 
-def install_compiled_rotation(model: nn.Module, library: Library) -> None:
+def install_compiled_rotation(model: nn.Module, rows: RowOperations) -> None:
     """Turn queries and keys in one call, within a forward pass of ours, if the model's own function does just that.
 
     transformers' attention calls a function of its modeling module, so that is where ours takes its place; it hands
@@ -168,53 +185,60 @@ def install_compiled_rotation(model: nn.Module, library: Library) -> None:
     """
     modeling = sys.modules[type(model).__module__]
     original = getattr(modeling, "apply_rotary_pos_emb", None)
-    if original is None or hasattr(original, "original") or not _turns_halves(original, library):
+    if (
+        original is None
+        or hasattr(original, "original")
+        or not _turns_halves(original, rows, cast(torch.device, model.device))
+    ):
         return
 
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         context = current_context()
+        running = context.kernels.rows if context and context.kernels else None
         if (
-            context is None
-            or context.library is None
+            running is None
             or args
             or kwargs
-            or not (q.dtype is k.dtype is cos.dtype is torch.float32)
+            or not (q.dtype is k.dtype is cos.dtype and q.dtype in running.dtypes)
             or not (q.shape[0] == cos.shape[0] == 1 and q.shape[-1] == k.shape[-1] == cos.shape[-1])
         ):
             return cast(tuple[Tensor, Tensor], original(q, k, cos, sin, *args, **kwargs))
         return (
-            operations.rotate(context.library, q[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None],
-            operations.rotate(context.library, k[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None],
+            running.rotate(q[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None],
+            running.rotate(k[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None],
         )
 
     apply_rotary_pos_emb.original = original  # type: ignore[attr-defined]
     modeling.apply_rotary_pos_emb = apply_rotary_pos_emb  # type: ignore[attr-defined]
 
 
-def _turns_halves(function: Callable[..., Any], library: Library) -> bool:
-    """Whether it gives the same bits as ours on heads of [1, heads, rows, width]."""
+def _turns_halves(function: Callable[..., Any], rows: RowOperations, device: torch.device) -> bool:
+    """Whether it gives the same as ours on heads of [1, heads, rows, width]."""
     if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
     seeded = torch.Generator().manual_seed(0)
-    q, k = torch.randn(1, 3, 5, 8, generator=seeded), torch.randn(1, 2, 5, 8, generator=seeded)
-    cos, sin = torch.randn(2, 1, 5, 8, generator=seeded).unbind()
+    q, k = (torch.randn(1, heads, 5, 8, generator=seeded).to(device) for heads in (3, 2))
+    cos, sin = torch.randn(2, 1, 5, 8, generator=seeded).to(device).unbind()
     try:
         turned = function(q, k, cos, sin)
     except (TypeError, ValueError, RuntimeError):  # it asks for other shapes
         return False
-    ours = [
-        operations.rotate(library, x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for x in (q, k)
-    ]
-    return isinstance(turned, tuple) and all(map(torch.equal, turned, ours))
+    ours = [rows.rotate(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for x in (q, k)]
+    return isinstance(turned, tuple) and all(map(_same, turned, ours))
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    """Within what one rounding more or less makes of float32."""
+    return torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     return [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
 
 
-def _compiled_norm(original: nn.Module, library: Library) -> CompiledRMSNorm | None:
+def _compiled_norm(original: nn.Module, rows: RowOperations) -> CompiledRMSNorm | None:
     """The norm's twin, with its weight or (Gemma) one more than it; None where neither is what the norm does."""
     weight = getattr(original, "weight", None)
     epsilon = getattr(original, "variance_epsilon", getattr(original, "eps", None))
@@ -224,22 +248,24 @@ def _compiled_norm(original: nn.Module, library: Library) -> CompiledRMSNorm | N
         return None
     seeded = torch.Generator().manual_seed(0)
     x = torch.randn(4, len(weight), generator=seeded) * torch.tensor([[1e-3], [0.1], [1.0], [30.0]])
+    x = x.to(weight.device)
     with torch.no_grad():
         want = original(x)
         for factor in (weight.detach(), 1 + weight.detach()):
-            twin = CompiledRMSNorm(library, factor.float(), epsilon)
-            if torch.allclose(twin(x), want, rtol=1e-5, atol=1e-6):
+            twin = CompiledRMSNorm(rows, factor.float(), epsilon)
+            if _same(twin(x), want):
                 return twin
     return None
 
 
-def _is_gated_mlp(original: nn.Module, library: Library) -> bool:
+def _is_gated_mlp(original: nn.Module, rows: RowOperations) -> bool:
     """Whether it does nothing but gate: run with linears that answer known numbers."""
     activation = original.get_submodule("act_fn")
     if not isinstance(activation, SteadySiLU | SteadyGELUTanh):
         return False
     seeded = torch.Generator().manual_seed(0)
-    gate, up = torch.randn(2, 3, 16, generator=seeded).unbind()
+    device = next(original.parameters()).device
+    gate, up = torch.randn(2, 3, 16, generator=seeded).to(device).unbind()
     trial = copy.copy(original)
     stand_ins = {
         "gate_proj": _Answer(gate),
@@ -249,7 +275,7 @@ def _is_gated_mlp(original: nn.Module, library: Library) -> bool:
     }
     trial.__dict__["_modules"] = stand_ins
     with torch.no_grad():
-        return torch.equal(trial(torch.zeros(3, 16)), operations.gate(library, activation.kind, gate, up))
+        return _same(trial(torch.zeros(3, 16, device=device)), rows.gate(activation.kind, gate, up))
 
 
 class _Answer(nn.Module):
@@ -277,7 +303,7 @@ class CompiledLayer:
     shape: AttentionShape
     norms: tuple[CompiledRMSNorm, CompiledRMSNorm]  # before attention, before the MLP
     sites: tuple[LinearGroup, LinearGroup, LinearGroup, LinearGroup]  # q k v, o, gate up, down
-    activation: operations.Activation
+    activation: Activation
     _call: LayerCall | None = None
     _called_with: tuple[object, ...] = ()
 
@@ -311,7 +337,7 @@ class CompiledLayer:
             bases = [cast(PackedLinear, site.base) for site in self.sites]
             self._call = LayerCall.of(
                 [
-                    SiteWeights(base.weight, base.bias, site.deltas)
+                    SiteWeights(base.weight, base.bias, _pages(site))
                     for base, site in zip(bases, self.sites, strict=True)
                 ],
                 (
@@ -337,3 +363,7 @@ class CompiledLayer:
             context.spans,
             [context.flat_segments(group) if context.segments.get(group) else None for group in groups],
         )
+
+
+def _pages(site: LinearGroup) -> operations.Deltas | None:
+    return None if site.deltas is None else cast(CompiledDeltas, site.deltas).deltas

@@ -31,6 +31,7 @@ from demo.grammar import ADAPTERS, held_out_turns
 from demo.tokenizer import BOS, END
 from kernels.cpu.library import Library, load
 from kernels.segments import Span, segments_of
+from server.model.kernel_set import compiled
 from server.model.kv_cache import KVCache
 from server.model.load import ModelSource, load_model
 from server.model.runner import Runner, StepInputs
@@ -50,7 +51,7 @@ class Scorer:
 
     def __init__(self, base: Path, quantized: Path, library: Library, adapters: Mapping[str, Path]) -> None:
         source = ModelSource(str(base), torch.device("cpu"), torch.float32, "nf4", quantized)
-        servable = make_servable(load_model(source), library=library)
+        servable = make_servable(load_model(source), kernels=compiled(library))
         layout = servable.layout
         self._pool = Pool(layout, plan_pages(layout, torch.float32, ADAPTER_BYTES), torch.float32, "cpu")
         servable.attach(self._pool.sites)

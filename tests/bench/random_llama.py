@@ -85,7 +85,7 @@ def checkpoint(shape: Shape, root: Path) -> Checkpoint:
         try:
             _make_base(shape, making / "base")
             for number in tqdm(range(ADAPTERS), desc="making adapters"):
-                _make_adapter(shape, making / f"adapter-{number}", number)
+                make_adapter(shape, making / f"adapter-{number}", number)
             os.replace(making, folder)
         finally:
             shutil.rmtree(making, ignore_errors=True)
@@ -116,20 +116,26 @@ def _make_base(shape: Shape, folder: Path) -> None:
         else:
             parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * 0.02)
     model.save_pretrained(folder)
+    make_tokenizer(shape, folder)
+
+
+def make_tokenizer(shape: Shape, folder: Path) -> None:
+    """A word for each id."""
     words = {f"t{number}": number for number in range(shape.vocabulary)}
     backend = Tokenizer(models.WordLevel(words, unk_token="t2"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="t0", eos_token="t1").save_pretrained(folder)
 
 
-def _make_adapter(shape: Shape, folder: Path, seed: int) -> None:
+def make_adapter(shape: Shape, folder: Path, seed: int, rank: int = RANK) -> None:
+    """Random factors on every linear, in bfloat16, as peft saves them."""
     draw = torch.Generator().manual_seed(seed + 1)
     tensors = {}
     for layer in range(shape.layers):
         for target, (width_in, width_out) in shape.widths.items():
             part = "self_attn" if target in TARGETS[:4] else "mlp"
             prefix = f"base_model.model.model.layers.{layer}.{part}.{target}"
-            a, b = torch.randn(RANK, width_in, generator=draw), torch.randn(width_out, RANK, generator=draw)
+            a, b = torch.randn(rank, width_in, generator=draw), torch.randn(width_out, rank, generator=draw)
             tensors[f"{prefix}.lora_A.weight"] = (a * 0.02).bfloat16()
             tensors[f"{prefix}.lora_B.weight"] = (b * 0.02).bfloat16()
     folder.mkdir(parents=True)
@@ -137,8 +143,8 @@ def _make_adapter(shape: Shape, folder: Path, seed: int) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "r": RANK,
-        "lora_alpha": RANK,
+        "r": rank,
+        "lora_alpha": rank,
         "target_modules": list(TARGETS),
         "base_model_name_or_path": "random-llama",
     }

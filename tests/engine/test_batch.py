@@ -28,7 +28,7 @@ def test_rows_of_a_mixed_step():
         [10, 0, 12], [11, 1, 13], [12, 2, 14], [13, 3, 15], [14, 4, 8],
         [5, 4, 28], [6, 5, 29], [7, 6, 30], [8, 7, 31],
     ]  # fmt: skip
-    spans = [(span.start, span.end, span.kv_length, tuple(span.blocks.tolist())) for span in inputs.spans]
+    spans = [(span.start, span.end, span.kv_length, tuple(map(int, span.blocks))) for span in inputs.spans]
     assert spans == [(0, 2, 2, (4,)), (2, 3, 4, (9,)), (3, 8, 5, (3, 2)), (8, 12, 8, (5, 7, 6))]
     assert inputs.logits_rows.tolist() == [1, 2, 7]
     segments = [(s.start, s.end, s.pages, s.weights) for s in inputs.segments[GROUP]]

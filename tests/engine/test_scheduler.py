@@ -1,6 +1,7 @@
 """Who runs next: budgets, chunks, preemption, ageing, and that every sequence ends, whatever is thrown at it."""
 
 import threading
+from concurrent.futures import Future
 from unittest.mock import patch
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from adapters.loader import Loader
+from adapters.page_copy import copy_now
 from server.engine import batch as batches
 from server.engine import scheduler as module
 from server.engine.engine import _keep_prompt_logprobs, _known
@@ -394,3 +396,25 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 SchedulerMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
 TestScheduler = SchedulerMachine.TestCase
+
+
+def test_an_adapter_on_its_way_to_the_device_is_waited_for_and_counted_once():
+    parts = Parts([make_adapter("a")])
+    parts.loader.here.add("a")
+    copies = []
+
+    def copy(asked):
+        copies.append((asked, Future()))
+        return copies[0][1]
+
+    parts.pool.copy = copy
+    parts.scheduler.add(sequence(generation="a"))
+    assert parts.scheduler.schedule() == []
+    assert parts.scheduler.schedule() == []
+    assert len(copies) == 1, "an adapter on its way was sent again"
+    asked, future = copies[0]
+    future.set_result(copy_now(asked).result())
+    assert len(parts.scheduler.schedule()) == 1
+    parts.scheduler.add(sequence(generation="a", name="second"))
+    assert len(parts.scheduler.schedule()) == 2
+    assert (parts.residency.misses, parts.residency.hits) == (1, 1)

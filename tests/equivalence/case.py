@@ -6,6 +6,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 
 from kernels.cpu.library import load
+from server.model import kernel_set
 from server.model.servable import make_servable
 from tests.equivalence.harness import Harness, Row, read_peft
 from tests.equivalence.models import VOCAB, exact_twin, held_model, plain_model, with_adapters
@@ -46,7 +47,12 @@ class Case:
             self._forced(held_model(folder / "base", how, device), avx512_bf16), architecture
         )
         library = load() if compiled and device == "cpu" else None
-        servable = make_servable(self._forced(held, avx512_bf16), backend=backend, library=library)
+        kernels = kernel_set.compiled(library) if library else kernel_set.plain()
+        if device == "cuda":
+            from server.model.cuda import cuda_kernels  # where there is Triton
+
+            kernels = cuda_kernels(torch.device("cuda"), fixed=False)
+        servable = make_servable(self._forced(held, avx512_bf16), backend=backend, kernels=kernels)
         self.rows = mixed_rows()
         adapters = read_peft(with_adapters(copy.deepcopy(plain), architecture), folder / "adapters", servable)
         self.ours = Harness(servable, adapters, device=device).run(self.rows, ARRIVALS)

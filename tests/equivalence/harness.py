@@ -15,6 +15,7 @@ from server.engine import batch as batches
 from server.engine.blocks import Blocks
 from server.engine.scheduler import Limits, Residency, Scheduler
 from server.engine.sequence import Sampling, Sequence
+from server.model.device_runner import DeviceRunner
 from server.model.kv_cache import KVCache
 from server.model.runner import Runner
 from server.model.servable import ServableModel
@@ -64,7 +65,7 @@ class Harness:
             dtype=servable.dtype,
             device=torch.device(device),
         )
-        self.runner = Runner(servable, cache)
+        self.runner = DeviceRunner(servable, cache) if servable.kernels.planned else Runner(servable, cache)
         self.loader = Loader(adapters.__getitem__, 1 << 30, lambda: None)
         self.residency = Residency(self.loader, self.pool)
         self.scheduler = Scheduler(Limits(16, tokens, chunk, 16), Blocks(blocks), self.residency)

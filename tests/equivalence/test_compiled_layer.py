@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from server.model.kernel_set import compiled
 from server.model.servable import make_servable
 from server.model.steady import CompiledLayer
 from tests.equivalence.harness import Harness, Row, read_peft
@@ -37,7 +38,7 @@ def servable_of(architecture, how, kernels, folder):
             if name.endswith("bias") or "norm" in name:
                 parameter += torch.randn_like(parameter) / 3
     plain.save_pretrained(folder / "base")
-    servable = make_servable(held_model(folder / "base", how), library=kernel_library(kernels))
+    servable = make_servable(held_model(folder / "base", how), kernels=compiled(kernel_library(kernels)))
     return servable, read_peft(
         with_adapters(copy.deepcopy(plain), architecture), folder / "adapters", servable
     )

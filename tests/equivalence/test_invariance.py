@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.cpu.library import load
+from server.model.kernel_set import compiled, plain
 from server.model.servable import make_servable
 from tests.equivalence.harness import Harness, Row, read_peft
 from tests.equivalence.models import VOCAB, held_model, plain_model, with_adapters
@@ -36,12 +37,14 @@ def engine_parts(request, tmp_path_factory):
     how, kernels = request.param.split()
     library = kernel_library(kernels)
     folder = tmp_path_factory.mktemp(how)
-    plain = plain_model("llama")
+    base = plain_model("llama")
     with torch.no_grad():
-        plain.get_input_embeddings().weight[OUTLIER] *= 1000
-    plain.save_pretrained(folder / "base")
-    servable = make_servable(held_model(folder / "base", how), library=library)
-    adapters = read_peft(with_adapters(copy.deepcopy(plain), "llama"), folder / "adapters", servable)
+        base.get_input_embeddings().weight[OUTLIER] *= 1000
+    base.save_pretrained(folder / "base")
+    servable = make_servable(
+        held_model(folder / "base", how), kernels=compiled(library) if library else plain()
+    )
+    adapters = read_peft(with_adapters(copy.deepcopy(base), "llama"), folder / "adapters", servable)
     return servable, adapters
 
 

@@ -1,7 +1,13 @@
 """These tests need a CUDA device: without one they are skipped, or fail with `--require-cuda`."""
 
+import importlib.util
+
 import pytest
 import torch
+
+collect_ignore_glob = (
+    [] if importlib.util.find_spec("triton") else ["test_*.py"]
+)  # a CPU install has no Triton
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,4 +1,4 @@
-"""The same engine on CUDA, with the reference operations: what the CPU proves must hold there too."""
+"""The engine on CUDA: what the CPU proves must hold there too, for the reference operations and for the kernels."""
 
 import asyncio
 import json
@@ -79,3 +79,35 @@ def test_the_demos_story(tmp_path):
     for answer, (_, line) in zip(answers, lines, strict=True):
         assert line["must_contain"] in answer, line["adapter"]
     engine.check()
+
+
+def test_adapters_come_and_go_while_others_decode(tmp_path):
+    """Room for one adapter: each is copied in again and again, beside a stream of the base's own, whose bits stay."""
+    engine, ask = demo_engine(tmp_path, "cuda", pages=1, fixed=True)
+    scenes = json.loads((DEMO / "story.json").read_text())
+    lines = [(scene, line) for scene in scenes for line in scene["lines"]]
+
+    async def one_after_the_other() -> list[str]:
+        return [await ask(scene["prompt"], line["adapter"], scene["max_tokens"]) for scene, line in lines]
+
+    async def beside_the_base(rounds: int) -> tuple[list[list[str]], list[str]]:
+        longest = asyncio.create_task(_again(ask, 20))
+        found = [await one_after_the_other() for _ in range(rounds)]
+        return found, await longest
+
+    engine.start()
+    try:
+        alone = asyncio.run(one_after_the_other())
+        among, bases = asyncio.run(beside_the_base(3))
+    finally:
+        engine.stop()
+    for answer, (_, line) in zip(alone, lines, strict=True):
+        assert line["must_contain"] in answer, line["adapter"]
+    assert all(answers == alone for answers in among), "an adapter's text changed beside the base"
+    assert len(set(bases)) == 1, "the base's own text changed with what was loaded beside it"
+    assert engine.residency.pool.evictions > 0
+    engine.check()
+
+
+async def _again(ask, times: int) -> list[str]:
+    return [await ask("Q: What is discharge?\nA:", None, 40) for _ in range(times)]

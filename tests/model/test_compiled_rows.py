@@ -10,6 +10,7 @@ from transformers.models.llama import modeling_llama
 
 from kernels.cpu.library import load
 from kernels.segments import Spans
+from server.model import kernel_set
 from server.model.context import ForwardContext, forward_context
 from server.model.steady import (
     CompiledMLP,
@@ -22,22 +23,22 @@ from tests.model.tiny import SIZES, make_model
 
 
 @pytest.fixture
-def library():
+def kernels():
     found = load()
     if found is None:
         pytest.skip("the kernels are not built here")
-    return found
+    return kernel_set.compiled(found)
 
 
-def compiled(model, library):
+def compiled(model, kernels):
     """The model, its norms no longer all ones, before and after."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(torch.randn_like(parameter) / 3)
     original = copy.deepcopy(model)
-    install_steady_activations(model, library)
-    install_compiled_rows(model, library)
+    install_steady_activations(model, kernels.rows)
+    install_compiled_rows(model, kernels.rows)
     return original, model
 
 
@@ -58,9 +59,9 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_model_answers_as_before(library, name):
+def test_a_model_answers_as_before(kernels, name):
     config, replaced = CONFIGS[name]
-    original, model = compiled(make_model(config), library)
+    original, model = compiled(make_model(config), kernels)
     assert counts(model) == replaced
     ids = torch.arange(12)[None] + 3
     with torch.no_grad():
@@ -68,8 +69,8 @@ def test_a_model_answers_as_before(library, name):
     assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_modules_keep_their_paths(library):
-    original, model = compiled(make_model(), library)
+def test_modules_keep_their_paths(kernels):
+    original, model = compiled(make_model(), kernels)
     linears = [
         [path for path, module in m.named_modules() if isinstance(module, nn.Linear)]
         for m in (original, model)
@@ -108,9 +109,9 @@ class OtherEpsilonRMSNorm(PlainRMSNorm):
     ("norm", "taken"),
     [(PlainRMSNorm, True), (OddRMSNorm, False), (GatedRMSNorm, False), (OtherEpsilonRMSNorm, False)],
 )
-def test_a_norm_is_replaced_by_what_it_does_not_by_its_name(library, norm, taken):
+def test_a_norm_is_replaced_by_what_it_does_not_by_its_name(kernels, norm, taken):
     model = nn.ModuleDict({"norm": norm()})
-    install_compiled_rows(model, library)
+    install_compiled_rows(model, kernels.rows)
     assert (type(model["norm"]) is CompiledRMSNorm) == taken
 
 
@@ -136,30 +137,30 @@ class ReluMLP(MLP):
 
 
 @pytest.mark.parametrize(("mlp", "taken"), [(MLP, True), (ClampedMLP, False), (ReluMLP, False)])
-def test_an_mlp_is_replaced_by_what_it_does(library, mlp, taken):
+def test_an_mlp_is_replaced_by_what_it_does(kernels, mlp, taken):
     model = nn.ModuleDict({"mlp": mlp()})
-    install_steady_activations(model, library)
-    install_compiled_rows(model, library)
+    install_steady_activations(model, kernels.rows)
+    install_compiled_rows(model, kernels.rows)
     assert (type(model["mlp"]) is CompiledMLP) == taken
 
 
 @pytest.fixture
-def rotation(library, monkeypatch):
+def rotation(kernels, monkeypatch):
     """llama's rotation, ours in its place, and the original."""
     original = getattr(modeling_llama.apply_rotary_pos_emb, "original", modeling_llama.apply_rotary_pos_emb)
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", original)
-    install_compiled_rotation(make_model(), library)
+    install_compiled_rotation(make_model(), kernels.rows)
     assert modeling_llama.apply_rotary_pos_emb is not original
     return modeling_llama.apply_rotary_pos_emb, original
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_queries_and_keys_turn_as_before(library, rotation, inside):
+def test_queries_and_keys_turn_as_before(kernels, rotation, inside):
     ours, original = rotation
     q, k = torch.randn(1, 4, 7, 16), torch.randn(1, 2, 7, 16)
     cos, sin = torch.randn(2, 1, 7, 16).unbind()
     context = ForwardContext(
-        torch.empty(0), Spans((), 16, torch.device("cpu")), {}, (), library if inside else None
+        torch.empty(0), Spans((), 16, torch.device("cpu")), {}, (), kernels if inside else None
     )
     with forward_context(context):
         for got, want in zip(ours(q, k, cos, sin), original(q, k, cos, sin), strict=True):
@@ -175,16 +176,16 @@ def test_what_is_not_ours_goes_to_the_original(rotation):
         assert torch.equal(got, want)
 
 
-def test_the_rotation_is_installed_once(library, rotation):
+def test_the_rotation_is_installed_once(kernels, rotation):
     ours, _ = rotation
-    install_compiled_rotation(make_model(), library)
+    install_compiled_rotation(make_model(), kernels.rows)
     assert modeling_llama.apply_rotary_pos_emb is ours
 
 
-def test_another_rotation_is_left_alone(library, monkeypatch):
+def test_another_rotation_is_left_alone(kernels, monkeypatch):
     def interleaved(q, k, cos, sin):
         return q * cos + q.roll(1, -1) * sin, k * cos + k.roll(1, -1) * sin
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", interleaved)
-    install_compiled_rotation(make_model(), library)
+    install_compiled_rotation(make_model(), kernels.rows)
     assert modeling_llama.apply_rotary_pos_emb is interleaved

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from adapters.adapter import Member, Site
-from adapters.pool import SitePages
+from adapters.page_copy import SitePages
 from kernels.segments import Segment, Spans
 from server.model.context import ForwardContext, forward_context
-from server.model.linear import LinearGroup, LoRALinear
+from server.model.linear import LinearGroup, LoRALinear, PlainDeltas
 from tests.kernels.naive import PAGE_RANK, add_deltas
 
 SITE = Site("qkv", 8, (Member("q", 6), Member("k", 4), Member("v", 4)))
@@ -84,11 +84,12 @@ def context(segments):
 
 def test_deltas_of_its_own_group_are_added(group):
     a, b = torch.randn(3, 3, PAGE_RANK, 8), torch.randn(3, PAGE_RANK, 14)
-    group.pages = SitePages(a, b, torch.rand(3, 3))
+    scale = torch.rand(3, 3)
+    group.deltas = PlainDeltas(SitePages(a, b, scale), group.widths)
     segments = (Segment(1, 4, (2, 0), (1.0, 0.5)),)
     x = torch.randn(1, 5, 8)
     plain = x[0] @ group.base.weight.T
-    want = add_deltas(plain, x[0], a, b, group.pages.scale, group.widths, segments)
+    want = add_deltas(plain, x[0], a, b, scale, group.widths, segments)
     with forward_context(context({"qkv": segments, "other": (Segment(0, 5, (1,), (1.0,)),)})):
         got = torch.cat([group.output(x, member) for member in range(3)], dim=-1)[0]
     assert torch.allclose(got.double(), want, atol=1e-4)
@@ -99,9 +100,8 @@ def test_deltas_of_its_own_group_are_added(group):
 def test_without_a_context_or_pages_there_is_the_base_alone(group, inside):
     x = torch.randn(5, 8)
     if not inside:
-        group.pages = SitePages(
-            torch.randn(1, 3, PAGE_RANK, 8), torch.randn(1, PAGE_RANK, 14), torch.ones(1, 3)
-        )
+        pages = SitePages(torch.randn(1, 3, PAGE_RANK, 8), torch.randn(1, PAGE_RANK, 14), torch.ones(1, 3))
+        group.deltas = PlainDeltas(pages, group.widths)
     segments = {"qkv": (Segment(0, 5, (0,), (1.0,)),)}
     with forward_context(context(segments)) if inside else nullcontext():
         assert torch.equal(group.output(x, 0), (x @ group.base.weight.T)[:, :6])

@@ -1,4 +1,7 @@
-"""The kernels under Triton's interpreter: `make interpret` runs this folder, anything else skips it."""
+"""The kernels under Triton's interpreter (`make interpret`), or on a GPU where one answers (`make gpu-check`).
+
+Anything else skips this folder. On a GPU tensors are made there unless a test says otherwise.
+"""
 
 import importlib.util
 
@@ -6,6 +9,12 @@ import pytest
 import torch
 
 collect_ignore_glob: list[str] = []
+ON_THE_CPU = (
+    "test_*machine_code.py",
+    "test_server.py",
+    "test_bench.py",
+    "test_nf4.py",
+)  # the last has a twin there
 
 
 def _interpreting() -> bool:
@@ -16,8 +25,12 @@ def _interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def _on_a_gpu() -> bool:
+    return importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
+
+
 if not _interpreting():
-    collect_ignore_glob.append("test_*.py")
+    collect_ignore_glob += ON_THE_CPU if _on_a_gpu() else ["test_*.py"]
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +40,12 @@ def _fresh_memory_is_nan():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _where_the_kernels_run(_fresh_memory_is_nan):
+    if _interpreting():
+        yield
+        return
+    with torch.device("cuda"):
+        yield

@@ -55,18 +55,23 @@ class Step:
         if room is not None:
             tiles, lines = rows, AttentionPlan.most_lines(rows, room, self.block_size)
         return AttentionPlan.view(
-            torch.from_numpy(table), rows, queries, self.block_size, tiles=tiles, lines=lines
+            torch.from_numpy(table).to(torch.get_default_device()),
+            rows,
+            queries,
+            self.block_size,
+            tiles=tiles,
+            lines=lines,
         )
 
     def ours(self, workspace=None, *, room=None, fixed=False, **asked):
-        workspace = workspace or Workspace("cpu")
+        workspace = workspace or Workspace(torch.get_default_device())
         plan = self.plan(room=room, fixed=fixed)
         out = kernel.attention(self.q, self.k, self.v, plan, workspace, **(self.plain | asked), fixed=fixed)
         workspace.check()
         return out
 
     def twin(self, **asked):
-        spans = Spans(tuple(self.spans), self.block_size, torch.device("cpu"))
+        spans = Spans(tuple(self.spans), self.block_size, torch.get_default_device())
         return reference.attention(self.q, self.k, self.v, spans, **(self.plain | asked))
 
     def naive(self, **asked):
@@ -147,7 +152,7 @@ def test_fixed_a_rows_bits_are_its_own(monkeypatch, window):
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_a_buckets_plan_is_the_same_plan(fixed):
-    step, workspace = Step(CHUNKS["decode"]), Workspace("cpu")
+    step, workspace = Step(CHUNKS["decode"]), Workspace(torch.get_default_device())
     bucket = step.ours(workspace, room=40, fixed=fixed)
     assert relative_error(bucket, step.naive()) <= 1e-5
     assert torch.equal(step.ours(workspace, room=40, fixed=fixed), bucket)

@@ -50,10 +50,16 @@ class Step:
         most = max((len(segment.pages) for segment in self.segments), default=1)
         table = np.full(DeltaPlan.sizes(rows, most), -(2**30), np.int32)
         used = DeltaPlan.fill(table, self.segments, rows, fixed=fixed)
-        return DeltaPlan.view(torch.from_numpy(table), rows, most, used=None if room else used, fixed=fixed)
+        return DeltaPlan.view(
+            torch.from_numpy(table).to(torch.get_default_device()),
+            rows,
+            most,
+            used=None if room else used,
+            fixed=fixed,
+        )
 
     def ours(self, workspace=None, *, room=0, fixed=False) -> Tensor:
-        y, workspace = self.y.clone(), workspace or Workspace("cpu")
+        y, workspace = self.y.clone(), workspace or Workspace(torch.get_default_device())
         plan = self.plan(room=room, fixed=fixed)
         pages = self.a, self.b, self.scale, self.widths
         lora.add_deltas(y, self.x, *pages, plan, workspace, fixed=fixed)
@@ -118,7 +124,7 @@ def test_deltas_of_any_mix(shape, mix, dtype):
 def test_shrink_is_its_twin(dtype):
     """v itself, before anything is added: where a row has no page it is what the memory held."""
     step = make_step("odd", "blends", dtype)
-    v = lora.shrink(step.x, step.a, step.scale, step.plan(), Workspace("cpu"))
+    v = lora.shrink(step.x, step.a, step.scale, step.plan(), Workspace(torch.get_default_device()))
     assert v.dtype is dtype
     for segment in step.segments:
         held = len(segment.pages) * PAGE_RANK
@@ -152,7 +158,7 @@ def test_a_member_of_scale_zero_is_left_alone():
 def test_a_buckets_plan_is_the_same_plan():
     """More tiles in the launch than the step has, and rows that nobody fills."""
     step = make_step("deep", "blends")
-    workspace = Workspace("cpu")
+    workspace = Workspace(torch.get_default_device())
     exact = step.ours(workspace)
     assert torch.equal(step.ours(workspace, room=6), exact)
     assert torch.equal(step.ours(workspace), exact)

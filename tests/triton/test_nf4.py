@@ -26,7 +26,7 @@ TILES = {
 
 @pytest.fixture
 def workspace():
-    held = Workspace("cpu")
+    held = Workspace(torch.get_default_device())
     yield held
     held.check()
 

@@ -1,0 +1,168 @@
+"""Triton's kernels as the model's layers call them on a GPU. Imported where the model runs on one, and nowhere else.
+
+All share one work space and are launched on one stream. Which rows read which pages and blocks lies in the plans of
+the running step. Knows nothing of how plans are made or steps are captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor, nn
+
+from adapters.page_copy import SitePages
+from kernels import attention as paged
+from kernels import lora, nf4, rows
+from kernels.lora import ExpandJobs
+from kernels.nf4 import NF4Weight
+from kernels.tiles import BLOCK, FIXED_ROWS
+from kernels.workspace import Workspace
+from server.model.context import ForwardContext, StepPlans
+from server.model.kernel_set import Kernels, plain
+from server.model.linear import BaseLinear, DenseLinear, FourBitWeight, exact_linear, joined, joined_bias
+from server.model.steady import RowOperations
+
+_FLOATS = frozenset({torch.bfloat16, torch.float32})
+
+
+def cuda_kernels(device: torch.device, *, fixed: bool) -> Kernels:
+    """The set; with `fixed` a row's bits do not depend on the rows beside it."""
+    workspace = Workspace(device)
+    return replace(
+        plain(),
+        name="batch-invariant Triton kernels" if fixed else "Triton kernels",
+        row_tile=1,
+        attend=partial(_attend, workspace, fixed),
+        deltas=partial(TritonDeltas, workspace, fixed),
+        linear=partial(_linear, workspace, fixed),
+        head=partial(_head, fixed),
+        rows=RowOperations(_FLOATS, rows.rms_norm, rows.gate, rows.rotate),
+        planned=True,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TritonLinear:
+    """The product with NF4 weights, read as bitsandbytes stores them; the members' own are let go."""
+
+    workspace: Workspace
+    fixed: bool
+    weight: NF4Weight
+    bias: Tensor | None
+
+    @staticmethod
+    def serves(members: Sequence[nn.Linear]) -> bool:
+        """Whether there is a kernel for these: NF4 in blocks of 64 that do not straddle rows."""
+        return all(
+            isinstance(member, Linear4bit)
+            and member.weight.quant_state.quant_type == "nf4"
+            and member.weight.quant_state.blocksize == BLOCK
+            and member.in_features % BLOCK == 0
+            for member in members
+        )
+
+    @classmethod
+    def of(
+        cls, workspace: Workspace, fixed: bool, members: Sequence[Linear4bit], dtype: torch.dtype
+    ) -> TritonLinear:
+        weights = [FourBitWeight.of(member) for member in members]
+        shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
+        packed = joined([weight.packed.flatten() for weight in weights])
+        absmax = joined([weight.absmax.flatten() for weight in weights])
+        return cls(workspace, fixed, NF4Weight.of(packed, absmax, shape), joined_bias(members, dtype))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return nf4.linear(x.contiguous(), self.weight, self.bias, self.workspace, fixed=self.fixed)
+
+    def with_jobs(self, x: Tensor, v: Tensor, b: Tensor, jobs: ExpandJobs) -> Tensor:
+        """The product, and the deltas' expand in the same launch: rounded once."""
+        return nf4.linear(x, self.weight, self.bias, self.workspace, fixed=self.fixed, jobs=jobs, v=v, b=b)
+
+
+@dataclass(frozen=True, slots=True)
+class TritonDeltas:
+    """All segments by one launch of shrink, and expand within the product where that is NF4's."""
+
+    workspace: Workspace
+    fixed: bool
+    pages: SitePages
+    widths: tuple[int, ...]  # of the members
+
+    def product(self, base: BaseLinear, x: Tensor, group: str, context: ForwardContext) -> Tensor:
+        plan = _plans(context).deltas.get(group)
+        if plan is None:
+            return base(x)
+        pages, x = self.pages, x.contiguous()
+        v = lora.shrink(x.to(pages.a.dtype), pages.a, pages.scale, plan, self.workspace, fixed=self.fixed)
+        if isinstance(base, TritonLinear) and v.dtype is x.dtype and nf4.folds(len(x), fixed=self.fixed):
+            return base.with_jobs(x, v, pages.b, ExpandJobs(plan, self.widths))
+        y = base(x).contiguous()
+        lora.expand(y, v, pages.b, self.widths, plan, fixed=self.fixed)
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class FixedRows:
+    """Any product made of the same number of rows at a time, so that cuBLAS sums in one order."""
+
+    base: BaseLinear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        parts = [
+            self.base(F.pad(part, (0, 0, 0, FIXED_ROWS - len(part))))[: len(part)]
+            for part in x.split(FIXED_ROWS)
+        ]
+        return joined(parts)
+
+
+def _linear(
+    workspace: Workspace, fixed: bool, members: Sequence[nn.Linear], dtype: torch.dtype
+) -> BaseLinear | None:
+    if TritonLinear.serves(members):
+        return TritonLinear.of(workspace, fixed, cast(Sequence[Linear4bit], members), dtype)
+    return FixedRows(exact_linear(members, dtype)) if fixed else None
+
+
+def _head(fixed: bool, members: Sequence[nn.Linear], dtype: torch.dtype) -> BaseLinear | None:
+    return FixedRows(DenseLinear.of(members)) if fixed else None
+
+
+def _attend(
+    workspace: Workspace,
+    fixed: bool,
+    context: ForwardContext,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    k_cache, v_cache = context.kv_caches[layer]
+    rows.write_kv(k_cache, v_cache, k, v, context.kv_index, len(k))
+    return paged.attention(
+        q,
+        k_cache,
+        v_cache,
+        _plans(context).attention,
+        workspace,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        fixed=fixed,
+    )
+
+
+def _plans(context: ForwardContext) -> StepPlans:
+    assert context.plans is not None, "a step for a GPU's kernels came without its plans"
+    return context.plans

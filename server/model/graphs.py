@@ -1,0 +1,163 @@
+"""Captured decode steps: one graph for each bucket of rows and each class of ranks, never for how many adapters.
+
+A decode step has one row for each sequence and wants all their logits. It is padded to its bucket; what varies from
+step to step lies in one buffer whose address the graphs hold. Knows nothing of sequences or of sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, cuda
+
+from kernels.plans import AttentionPlan
+from kernels.segments import Segment, Span
+from server.model.kv_cache import PADDING_BLOCK, KVCache
+from server.model.runner import StepInputs
+from server.model.step_tables import StepLayout, StepTensors
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+PAGE_CLASSES = (1, 4, 16)  # pages of a segment at most: ranks up to 16, 64 and 256
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSizes:
+    """Which steps are captured."""
+
+    sequences: int  # in a step, at most
+    length: int  # tokens of a sequence, at most
+    pages: int  # of a segment, at most
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Rows, the last bucket being cut at the number of sequences."""
+        return (*(rows for rows in BUCKETS if rows < self.sequences), min(self.sequences, BUCKETS[-1]))
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """Pages, 0 for a step without adapters."""
+        return (
+            0,
+            *(pages for pages in PAGE_CLASSES if pages < self.pages),
+            min(self.pages, PAGE_CLASSES[-1]),
+        )
+
+    def layouts(self, groups: Iterable[str], cache: KVCache, group: int, fixed: bool) -> list[StepLayout]:
+        """Of every graph; the blocks of a step that shares prefixes may be more than the cache has, and are not
+        captured then."""
+        each = -(-self.length // cache.block_size)
+        names = list(groups)
+        return [
+            StepLayout(
+                rows=rows,
+                wanted=None,
+                most_pages=dict.fromkeys(names, pages) if pages else {},
+                most_blocks=max(rows, min(rows * each, cache.blocks)),
+                block_size=cache.block_size,
+                queries=AttentionPlan.tile_queries(group, 1, fixed=fixed),
+                fixed=fixed,
+            )
+            for rows in self.buckets
+            for pages in self.classes
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """One captured step: the layout of its buffer, and where it leaves its logits."""
+
+    layout: StepLayout
+    pages: int
+    buffer: Tensor
+    logits: Tensor  # [rows, vocabulary] float32
+    captured: Any  # torch.cuda.CUDAGraph
+
+    def fits(self, rows: int, pages: int, blocks: int) -> bool:
+        return rows <= self.layout.rows and pages <= self.pages and blocks <= self.layout.most_blocks
+
+    def replay(
+        self,
+        host: Tensor,  # [used] int32, pinned
+        sent: cuda.Event,
+    ) -> Tensor:  # [rows, vocabulary] float32
+        """Run the step that the host buffer holds; `sent` is recorded when the device has fetched it."""
+        self.buffer[: len(host)].copy_(host, non_blocking=True)
+        sent.record()
+        self.captured.replay()
+        return self.logits
+
+
+class Graphs:
+    """All captured steps, over one buffer of inputs, one of logits and one pool of memory."""
+
+    def __init__(
+        self,
+        run: Callable[[StepTensors], Tensor],
+        layouts: Iterable[StepLayout],
+        vocabulary: int,
+        device: torch.device,
+    ) -> None:
+        self._run = run
+        self._layouts = sorted(layouts, key=lambda each: (each.rows, _pages(each)), reverse=True)
+        size = max(layout.size for layout in self._layouts)
+        rows = self._layouts[0].rows
+        self._device = device
+        self._buffer = torch.zeros(size, dtype=torch.int32, device=device)
+        self._logits = torch.zeros(rows, vocabulary, dtype=torch.float32, device=device)
+        self._graphs: list[Graph] = []  # the smallest first
+
+    def find(self, inputs: StepInputs) -> Graph | None:
+        """The smallest graph that can run the step; None when none was captured for its like."""
+        rows = len(inputs.token_ids)
+        if len(inputs.spans) != rows or not np.array_equal(inputs.logits_rows, np.arange(rows)):
+            return None
+        pages = max((len(s.pages) for segments in inputs.segments.values() for s in segments), default=0)
+        blocks = sum(len(span.blocks) for span in inputs.spans)
+        return next((graph for graph in self._graphs if graph.fits(rows, pages, blocks)), None)
+
+    def capture(self, progress: Callable[[int, int], None]) -> None:
+        """Run each step once, so that kernels are compiled and work space has grown, then capture it; largest first."""
+        pool = cuda.graph_pool_handle()
+        stream = cuda.Stream(self._device)
+        stream.wait_stream(cuda.current_stream(self._device))
+        for done, layout in enumerate(self._layouts):
+            host = torch.zeros(layout.size, dtype=torch.int32)
+            layout.fill(host.numpy(), _stand_in(layout))
+            with cuda.stream(stream):
+                self._buffer[: layout.size].copy_(host)
+                self._step(layout)
+            cuda.synchronize(self._device)
+            captured = cuda.CUDAGraph()
+            with cuda.graph(captured, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self._step(layout)
+            logits = self._logits[: layout.rows]
+            self._graphs.insert(0, Graph(layout, _pages(layout), self._buffer, logits, captured))
+            progress(done + 1, len(self._layouts))
+        cuda.synchronize(self._device)
+
+    def _step(self, layout: StepLayout) -> None:
+        logits = self._run(layout.view(self._buffer))
+        self._logits[: layout.rows].copy_(logits)
+
+
+def _pages(layout: StepLayout) -> int:
+    return max(layout.most_pages.values(), default=0)
+
+
+def _stand_in(layout: StepLayout) -> StepInputs:
+    """A full step of the layout that reads and writes the padding block alone."""
+    rows, pages = layout.rows, _pages(layout)
+    zeros = np.zeros(rows, np.int64)
+    segment = Segment(0, rows, (0,) * pages, (1.0,) * pages)
+    return StepInputs(
+        token_ids=zeros,
+        positions=zeros,
+        kv_index=zeros + PADDING_BLOCK * layout.block_size,
+        logits_rows=np.arange(rows),
+        spans=tuple(Span(row, row + 1, 1, (PADDING_BLOCK,)) for row in range(rows)),
+        segments=dict.fromkeys(layout.most_pages, (segment,)),
+    )

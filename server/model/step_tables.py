@@ -1,0 +1,156 @@
+"""A step on a GPU as one int32 buffer: its rows, then the kernels' plans, each at a place that depends on sizes alone.
+
+One copy takes it to the device, and a captured graph reads it from the same addresses in every replay. Knows nothing
+of sequences, nor of who runs the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.plans import AttentionPlan, DeltaPlan
+from kernels.segments import Segment
+from server.model.context import StepPlans
+from server.model.kv_cache import PADDING_BLOCK
+from server.model.runner import StepInputs
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """How much of a buffer a step takes: int32 from the first on, and what each plan's `fill` said."""
+
+    size: int
+    deltas: Mapping[str, int]
+    attention_tiles: int
+    attention_lines: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """A buffer on the device, taken apart."""
+
+    token_ids: Tensor  # [rows] int64
+    positions: Tensor  # [rows] int64
+    kv_index: Tensor  # [rows] int64
+    logits_rows: Tensor | None  # [wanted] int64; None: logits of all rows
+    plans: StepPlans
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """The sizes of a step, or the largest of a bucket."""
+
+    rows: int  # those that only pad included
+    wanted: int | None  # rows whose logits are asked for; None: all
+    most_pages: Mapping[str, int]  # group -> pages of one segment; groups without adapters are not there
+    most_blocks: int  # of all spans together
+    block_size: int
+    queries: int  # of an attention tile
+    fixed: bool  # whether plans are those of batch-invariant kernels
+
+    @classmethod
+    def of(cls, inputs: StepInputs, block_size: int, group: int, fixed: bool) -> StepLayout:
+        """Just as large as the step; `group` query heads share a key head."""
+        longest = max((span.end - span.start for span in inputs.spans), default=1)
+        return cls(
+            rows=len(inputs.token_ids),
+            wanted=len(inputs.logits_rows),
+            most_pages={g: max(len(s.pages) for s in segments) for g, segments in inputs.segments.items() if segments},
+            most_blocks=sum(len(span.blocks) for span in inputs.spans),
+            block_size=block_size,
+            queries=AttentionPlan.tile_queries(group, longest, fixed=fixed),
+            fixed=fixed,
+        )  # fmt: skip
+
+    @cached_property
+    def _places(self) -> dict[str | None, int]:
+        """Where each group's plan begins, and (under None) attention's, which comes last: its end varies most."""
+        at = 3 * self.rows + (self.wanted or 0)
+        places: dict[str | None, int] = {}
+        for group, most in self.most_pages.items():
+            places[group] = at
+            at += DeltaPlan.sizes(self.rows, most)
+        return {**places, None: at}
+
+    @property
+    def size(self) -> int:
+        """How many int32 the buffer needs."""
+        return self._places[None] + AttentionPlan.sizes(self.rows, self.most_blocks)
+
+    def fill(self, out: NDArray[np.int32], inputs: StepInputs) -> Filled:
+        """Write a step that is no larger than this; rows that only pad read token 0 and write to the padding block."""
+        given = len(inputs.token_ids)
+        rows = out[: 3 * self.rows].reshape(3, self.rows)
+        rows[:2, given:] = 0
+        rows[2, given:] = PADDING_BLOCK * self.block_size
+        rows[0, :given], rows[1, :given], rows[2, :given] = (
+            inputs.token_ids,
+            inputs.positions,
+            inputs.kv_index,
+        )
+        if self.wanted is not None:
+            out[3 * self.rows : 3 * self.rows + self.wanted] = inputs.logits_rows
+        deltas = self._fill_deltas(out, inputs.segments)
+        start = self._places[None]
+        size = AttentionPlan.sizes(self.rows, self.most_blocks)
+        used, tiles, lines = AttentionPlan.fill(
+            out[start : start + size], inputs.spans, self.rows, self.queries
+        )
+        return Filled(start + used, deltas, tiles, lines)
+
+    def _fill_deltas(
+        self, out: NDArray[np.int32], segments: Mapping[str, Sequence[Segment]]
+    ) -> dict[str, int]:
+        """Write each group's plan; a group with the segments of one before takes a copy of its plan."""
+        used: dict[str, int] = {}
+        written: dict[
+            tuple[int, int], tuple[int, int]
+        ] = {}  # segments and pages: where a plan lies, its size
+        for group, most in self.most_pages.items():
+            start, held = self._places[group], segments.get(group, ())
+            size = DeltaPlan.sizes(self.rows, most)
+            if (id(held), most) in written:
+                source, taken = written[id(held), most]
+                out[start : start + taken] = out[source : source + taken]
+            else:
+                taken = DeltaPlan.fill(out[start : start + size], held, self.rows, fixed=self.fixed)
+                written[id(held), most] = start, taken
+            used[group] = taken
+        return used
+
+    def view(
+        self,
+        buffer: Tensor,  # [size or more] int32
+        filled: Filled | None = None,
+    ) -> StepTensors:
+        """The buffer taken apart; without `filled`, for any step that fits (in a graph)."""
+        rows = buffer[: 3 * self.rows].long().view(3, self.rows)
+        wanted = None
+        if self.wanted is not None:
+            wanted = buffer[3 * self.rows : 3 * self.rows + self.wanted].long()
+        deltas = {
+            group: DeltaPlan.view(
+                buffer[self._places[group] :],
+                self.rows,
+                most,
+                used=filled.deltas[group] if filled else None,
+                fixed=self.fixed,
+            )
+            for group, most in self.most_pages.items()
+        }
+        lines = AttentionPlan.most_lines(self.rows, self.most_blocks, self.block_size)
+        attention = AttentionPlan.view(
+            buffer[self._places[None] :],
+            self.rows,
+            self.queries,
+            self.block_size,
+            tiles=filled.attention_tiles if filled else self.rows,
+            lines=filled.attention_lines if filled else lines,
+        )
+        return StepTensors(rows[0], rows[1], rows[2], wanted, StepPlans(attention, deltas))

@@ -1,0 +1,210 @@
+"""What an upload costs those who are being served: the whole server in this process, the uploader in another.
+
+Tokens are timed where the event loop gets them. Knows no bounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvicorn
+from transformers import PreTrainedModel
+
+from adapters.packing import pack
+from server.api.app import create_app
+from server.config import Settings
+from server.engine.sequence import Sampling, Submit, Token
+from server.memory_plan import plan_memory
+from server.model.device_runner import DeviceRunner
+from server.model.kernel_set import Kernels
+from server.model.servable import make_servable
+from server.serving import Served, Serving
+from server.startup import assemble
+from server.text.tokenizer import Tokenizer
+from tests.bench.random_llama import Shape, make_adapter, make_tokenizer
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """The 99th percentile of the time between tokens without and during an upload, in seconds."""
+
+    quiet: float
+    during: float
+    tokens: int  # that came during it
+    seconds: float  # from the upload's first byte to the first token that the new adapter gave
+
+
+@contextmanager
+def served(
+    model: PreTrainedModel, kernels: Kernels, shape: Shape, folder: Path, streams: int
+) -> Iterator[tuple[Settings, Serving]]:
+    """The server's parts around a model that is here already."""
+    make_tokenizer(shape, folder / "tokenizer")
+    settings = Settings(
+        model=str(folder / "tokenizer"),
+        served_model_name="base",
+        adapter_store=folder / "store",
+        max_num_seqs=streams + 1,
+        max_lora_rank=32,
+        max_loras=8,
+        adapter_dtype="bfloat16",
+        max_model_len=4096,
+        kv_cache_memory_bytes=1 << 33,
+    )
+    servable = make_servable(model, kernels=kernels, max_model_len=settings.max_model_len)
+    plan = plan_memory(settings, servable)
+    made: Served = assemble(settings, servable, plan, Tokenizer.load(settings.model))
+    assert isinstance(made.engine.runner, DeviceRunner)
+    made.engine.runner.capture(lambda done, total: None)
+    made.engine.start()
+    try:
+        yield settings, Serving(phase="ready", progress=1.0, detail="ready", served=made)
+    finally:
+        made.engine.stop()
+        made.loader.close()
+        made.registry.store.close()
+
+
+def disturbances(
+    model: PreTrainedModel,
+    kernels: Kernels,
+    shape: Shape,
+    *,
+    rank: int,
+    repeats: int,
+    streams: int,
+    tokens: int,
+) -> list[Disturbance]:
+    """Upload and load an adapter of that rank on all linears, `repeats` times, beside running streams."""
+    with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as name, _uploader() as uploader:
+        folder = Path(name)
+        files = [_archive(shape, folder / f"adapter-{number}", rank, number) for number in range(repeats)]
+        with served(model, kernels, shape, folder, streams) as (settings, serving):
+            return asyncio.run(_measure(settings, serving, uploader, files, streams, tokens))
+
+
+def _archive(shape: Shape, folder: Path, rank: int, number: int) -> Path:
+    """The adapter as the tar that `loraplex adapters put` sends."""
+    make_adapter(shape, folder, 100 + number, rank)
+    archive = folder.with_suffix(".tar")
+    with archive.open("wb") as file:
+        for part in pack(folder):
+            file.write(part)
+    return archive
+
+
+@contextmanager
+def _uploader() -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "tests.bench.gpu_uploader"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A running server and a client that waits for its word."""
+
+    made: Served
+    uploader: subprocess.Popen[str]
+    port: int
+    streams: int
+    tokens: int  # that are timed of each stream before the upload
+
+    async def once(self, name: str, file: Path) -> Disturbance:
+        """Streams begin; they are timed alone, then beside an upload until the new adapter gives its first token."""
+        moments: list[list[float]] = [[] for _ in range(self.streams)]
+        tasks = [
+            asyncio.create_task(_stream(self.made, f"{name}-{i}", moments[i])) for i in range(self.streams)
+        ]
+        await _until(moments, 2 + self.tokens // 10)
+        quiet_from = time.perf_counter()
+        await _until(moments, 3 + self.tokens // 10 + self.tokens)
+        quiet_until = time.perf_counter()
+        reply = await asyncio.to_thread(_upload, self.uploader, f"{self.port} {name} {file}\n")
+        assert reply["status"] in (200, 201), reply
+        generation = self.made.registry.entry(name).generation
+        await _stream(self.made, f"{name}-itself", [], generation, tokens=1)
+        ready = time.perf_counter()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        quiet, during = _gaps(moments, quiet_from, quiet_until), _gaps(moments, reply["began"], ready)
+        return Disturbance(
+            float(np.percentile(quiet, 99)),
+            float(np.percentile(during, 99)),
+            len(during),
+            ready - reply["began"],
+        )
+
+
+async def _measure(
+    settings: Settings,
+    serving: Serving,
+    uploader: subprocess.Popen[str],
+    files: list[Path],
+    streams: int,
+    tokens: int,
+) -> list[Disturbance]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(
+            create_app(settings, serving), log_config=None, access_log=False, lifespan="off"
+        )
+        server = uvicorn.Server(config)
+        serving_http = asyncio.create_task(server.serve(sockets=[listener]))
+        case = _Case(serving.ready(), uploader, listener.getsockname()[1], streams, tokens)
+        found = [await case.once(f"new-{number}", file) for number, file in enumerate(files)]
+        server.should_exit = True
+        await serving_http
+    return found
+
+
+async def _until(moments: list[list[float]], count: int) -> None:
+    """Wait until every stream has so many tokens."""
+    while not all(len(each) >= count for each in moments):
+        await asyncio.sleep(0.005)
+
+
+def _upload(uploader: subprocess.Popen[str], line: str) -> dict[str, Any]:
+    assert uploader.stdin is not None
+    assert uploader.stdout is not None
+    uploader.stdin.write(line)
+    uploader.stdin.flush()
+    found: dict[str, Any] = json.loads(uploader.stdout.readline())
+    return found
+
+
+async def _stream(
+    made: Served, name: str, moments: list[float], generation: str | None = None, tokens: int = 4000
+) -> None:
+    submit = Submit(name, tuple(range(3, 35)), Sampling(tokens, temperature=0), generation)
+    async with aclosing(made.engine.stream(submit)) as events:
+        async for event in events:
+            if isinstance(event, Token):
+                moments.append(time.perf_counter())
+
+
+def _gaps(moments: list[list[float]], since: float, until: float) -> list[float]:
+    return [
+        later - earlier
+        for stream in moments
+        for earlier, later in pairwise(stream)
+        if since <= later <= until
+    ]

@@ -1,0 +1,92 @@
+"""Is everything right on this machine's GPU? Kernels, steps, the engine and the whole server, each on its own.
+
+    python -m tests.gpu.check
+
+Ends with a line per part, `check NAME ok|failed`; exits 1 when any failed, or when no CUDA device answers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+# What is tested, and by how many processes: Triton compiles a kernel for each shape, one at a time in each.
+TESTS = {
+    "products": (("tests/gpu/test_nf4.py", "tests/gpu/test_products.py"), 5),
+    "kernels": (("tests/triton",), 5),
+    "steps": (("tests/gpu/test_steps.py",), 3),
+    "engine": (("tests/gpu/test_cuda.py",), 4),
+}
+SMOKE = ("-m", "loadtests.smoke", "--device", "cuda", "--max-num-seqs", "8", "--max-lora-rank", "16")
+SECONDS = 200  # for all tests together, and again for the server
+
+
+def main() -> int:
+    """Run every part, whatever becomes of the others."""
+    if not torch.cuda.is_available():
+        print("no CUDA device answers here: run this on a machine with an NVIDIA GPU", file=sys.stderr)
+        return 1
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    results = tests()
+    began = time.perf_counter()
+    results["smoke"] = _ends_well(subprocess.Popen([sys.executable, *SMOKE], cwd=ROOT), began + SECONDS)
+    for name, good in results.items():
+        print(f"check {name} {'ok' if good else 'failed'}")
+    return 0 if all(results.values()) else 1
+
+
+def tests() -> dict[str, bool]:
+    """All parts of the tests beside each other: what they wait for is the compiler, on a core each."""
+    environment = os.environ | {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it cuBLAS is not deterministic, and torch refuses
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "2",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # the machine's own are not ours
+    }
+    began, results = time.perf_counter(), {}
+    with ExitStack() as stack:
+        said = {name: stack.enter_context(tempfile.TemporaryFile("w+")) for name in TESTS}
+        running = {name: _start(name, said[name], environment) for name in TESTS}
+        for name, process in running.items():
+            results[name] = _ends_well(process, began + SECONDS)
+            said[name].seek(0)
+            print(
+                f"--- {name}, after {time.perf_counter() - began:.0f} s\n{said[name].read()[-6000:]}",
+                flush=True,
+            )
+    return results
+
+
+def _start(name: str, output: IO[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    paths, processes = TESTS[name]
+    command = [sys.executable, "-m", "pytest", *paths, "--require-cuda", "-W", "default", "--durations", "3"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-p", "xdist.plugin", "-n", str(processes)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def _ends_well(process: subprocess.Popen[str], deadline: float) -> bool:
+    try:
+        return process.wait(max(1.0, deadline - time.perf_counter())) == 0
+    except subprocess.TimeoutExpired:
+        print(f"{' '.join(map(str, process.args))}: not done in time", flush=True)  # type: ignore[arg-type]
+        process.kill()
+        process.wait()
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

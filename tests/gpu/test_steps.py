@@ -1,0 +1,94 @@
+"""Whole steps on the device: replays against the same steps run as they come, rows alone and among others."""
+
+import pytest
+import torch
+
+from server.model.cuda import cuda_kernels
+from server.model.device_runner import DeviceRunner
+from server.model.graphs import BUCKETS, GraphSizes
+from server.model.runner import StepInputs
+from tests.bench.gpu_model import BLOCK, Engine, random_llama
+from tests.bench.random_llama import Shape
+
+CUDA = torch.device("cuda")
+SMALL = Shape(layers=2, hidden=512, intermediate=1024, heads=8, kv_heads=2, vocabulary=1000)
+CONTEXT = 70
+
+
+def engine_of(fixed: bool, buckets=()) -> Engine:
+    torch.manual_seed(1)
+    return Engine(
+        random_llama(SMALL, CUDA), cuda_kernels(CUDA, fixed=fixed), adapters=8,
+        positions=(BUCKETS[-1] + 1) * (CONTEXT + BLOCK), buckets=buckets, fixed=fixed,
+    )  # fmt: skip
+
+
+def adapters_of(rows: int, adapted: bool) -> list[int | None]:
+    """Every third row has none, the others share eight."""
+    return [None if row % 3 == 0 or not adapted else row % 8 for row in range(rows)]
+
+
+def as_it_comes(runner: DeviceRunner, inputs: StepInputs) -> torch.Tensor:
+    """The step of a replay, padded as there, run without its graph."""
+    graph = runner._graphs.find(inputs)
+    assert graph is not None, "no graph for a decode step"
+    host = torch.zeros(graph.layout.size, dtype=torch.int32)
+    graph.layout.fill(host.numpy(), inputs)
+    with torch.inference_mode():
+        return runner._run(graph.layout.view(host.to(CUDA))).float()[: len(inputs.logits_rows)]
+
+
+def test_a_replay_equals_the_step_as_it_comes_in_every_bucket():
+    engine = engine_of(False, BUCKETS)
+    kept = [(k.clone(), v.clone()) for k, v in engine.cache.layers]
+
+    def restore() -> None:
+        for (k, v), (k_kept, v_kept) in zip(engine.cache.layers, kept, strict=True):
+            k.copy_(k_kept)
+            v.copy_(v_kept)
+
+    for bucket in BUCKETS:
+        for rows in {bucket, max(1, bucket - 1)}:
+            for adapted in (False, True):
+                inputs = engine.inputs(engine.sequences(adapters_of(rows, adapted), CONTEXT))
+                found = []
+                for run in (engine.runner.forward, lambda inputs: as_it_comes(engine.runner, inputs)):
+                    restore()
+                    found.append(run(inputs).clone())
+                assert torch.isfinite(found[0]).all()
+                assert torch.equal(*found), f"{rows} rows in a bucket of {bucket}, adapters: {adapted}"
+                restore()
+                assert torch.equal(engine.runner.forward(inputs), found[0]), "the same batch gave other bits"
+    engine.pool.check()
+
+
+def test_the_engines_own_sizes_are_captured():
+    engine = engine_of(False)
+    sizes = GraphSizes(sequences=5, length=CONTEXT, pages=4)
+    layouts = sizes.layouts(engine.servable.layout.groups, engine.cache, engine.servable.query_group, False)
+    runner = DeviceRunner(engine.servable, engine.cache, layouts=layouts)
+    told = []
+    runner.capture(lambda done, total: told.append(done))
+    assert told == list(range(1, 1 + len(sizes.buckets) * len(sizes.classes)))
+    inputs = engine.inputs(engine.sequences([0, 1, 2], CONTEXT))
+    assert torch.equal(runner.forward(inputs).clone(), as_it_comes(runner, inputs))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_row_has_the_same_bits_alone_and_among_others(adapted):
+    engine = engine_of(True, (1, 4, 64))
+    adapters = adapters_of(64, adapted)
+    batch = engine.sequences(adapters, CONTEXT)
+    among = engine.runner.forward(engine.inputs(batch)).clone()
+    for rows in ([0], [5], [63], [1, 2, 40]):
+        few = engine.runner.forward(engine.inputs([batch[row] for row in rows]))
+        for row, logits in zip(rows, few, strict=True):
+            assert torch.equal(logits, among[row]), f"row {row}"
+
+
+def test_adapters_change_what_they_should():
+    engine = engine_of(False, (8,))
+    base = engine.runner.forward(engine.inputs(engine.sequences([None] * 8, CONTEXT))).clone()
+    mixed = engine.runner.forward(engine.inputs(engine.sequences([None] * 4 + [0, 1, 2, 3], CONTEXT)))
+    assert (mixed[:4] - base[:4]).abs().max() < 0.01, "rows without an adapter changed"
+    assert (mixed[4:] - base[4:]).abs().amax(dim=1).gt(0.02).all(), "an adapter did nothing"

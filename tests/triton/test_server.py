@@ -1,0 +1,188 @@
+"""The server's code for a GPU on the CPU: the interpreter runs its kernels, a recorder stands for streams and graphs.
+
+What is shown: the same logits as the CPU's own path, replayed steps equal to eager ones, and nothing waited for.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from adapters.pool import Pool
+from kernels.segments import Segment, Span
+from server.model.cuda import TritonLinear, cuda_kernels
+from server.model.device_runner import DeviceRunner
+from server.model.graphs import GraphSizes
+from server.model.kernel_set import plain
+from server.model.kv_cache import KVCache
+from server.model.runner import Runner, StepInputs
+from server.model.servable import make_servable
+from tests.equivalence.models import held_model
+from tests.fake_cuda import fake_device
+from tests.model.tiny import SIZES, make_model
+
+CPU = torch.device("cpu")
+BLOCK, BLOCKS, PAGES = 16, 24, 6
+
+
+@pytest.fixture
+def cuda():
+    """A recorder in place of torch.cuda."""
+    with fake_device() as fake:
+        yield fake
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    made = tmp_path_factory.mktemp("base")
+    make_model(num_hidden_layers=1, intermediate_size=64).save_pretrained(made)
+    return made
+
+
+def servable_of(folder, kernels, how="nf4"):
+    """One base, its pages of adapters filled with the same numbers whoever computes."""
+    servable = make_servable(held_model(folder, how), kernels=kernels)
+    pool = Pool(servable.layout, dict.fromkeys(servable.layout.groups, PAGES), servable.dtype, CPU)
+    generator = torch.Generator().manual_seed(4)
+    for site in pool.sites:
+        for tensor in (site.a, site.b):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+        site.scale.copy_(torch.rand(site.scale.shape, generator=generator))
+    servable.attach(pool.sites)
+    return servable
+
+
+def cache_of(servable):
+    return KVCache.allocate(
+        servable.attention, blocks=BLOCKS, block_size=BLOCK, dtype=servable.dtype, device=CPU
+    )
+
+
+def prompts(lengths, groups, adapters=True):
+    """A step that reads whole prompts of so many tokens, the first without an adapter, all logits wanted."""
+    row, spans, segments, ids = 0, [], [], []
+    for number, length in enumerate(lengths):
+        blocks = tuple(range(1 + 3 * number, 4 + 3 * number))
+        spans.append(Span(row, row + length, length, blocks))
+        ids += [(7 * number + at) % 50 + 3 for at in range(length)]
+        if number and adapters:
+            pages = (number % PAGES, (number + 2) % PAGES)[: 1 + number % 2]
+            segments.append(Segment(row, row + length, pages, (1.0, 0.5)[: len(pages)]))
+        row += length
+    at = np.concatenate([np.arange(length) for length in lengths])
+    kv = np.concatenate([np.arange(n) + (1 + 3 * i) * BLOCK for i, n in enumerate(lengths)])
+    return StepInputs(
+        np.array(ids), at, kv, np.arange(row), tuple(spans), dict.fromkeys(groups, tuple(segments))
+    )
+
+
+def decodes(lengths, groups, adapters=True):
+    """The step after it: one more token each."""
+    before = prompts([length + 1 for length in lengths], groups, adapters)
+    last = [span.end - 1 for span in before.spans]
+    spans = tuple(Span(i, i + 1, span.kv_length, span.blocks) for i, span in enumerate(before.spans))
+    by_row = [next((s for s in before.segments[groups[0]] if s.start <= row < s.end), None) for row in last]
+    segments = tuple(Segment(i, i + 1, s.pages, s.weights) for i, s in enumerate(by_row) if s)
+    return StepInputs(
+        before.token_ids[last], before.positions[last], before.kv_index[last], np.arange(len(last)), spans,
+        dict.fromkeys(groups, segments),
+    )  # fmt: skip
+
+
+def device_runner(servable, sizes=None, fixed=False):
+    cache = cache_of(servable)
+    layouts = sizes.layouts(servable.layout.groups, cache, servable.query_group, fixed) if sizes else ()
+    return DeviceRunner(servable, cache, layouts=layouts, fixed=fixed)
+
+
+LENGTHS = [2, 5, 1]
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_the_logits_are_those_of_plain_pytorch(folder, cuda, adapters, fixed):
+    ours = servable_of(folder, cuda_kernels(CPU, fixed=fixed))
+    assert all(isinstance(group.base, TritonLinear) for group in ours.groups)
+    reference = servable_of(folder, plain())
+    groups = list(ours.layout.groups)
+    runner, oracle = device_runner(ours, fixed=fixed), Runner(reference, cache_of(reference))
+    for step in (prompts(LENGTHS, groups, adapters), decodes(LENGTHS, groups, adapters)):
+        got, want = runner.forward(step), oracle.forward(step)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        for (k, v), (k_want, v_want) in zip(runner.cache.layers, oracle.cache.layers, strict=True):
+            torch.testing.assert_close(k[BLOCK:], k_want[BLOCK:], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(v[BLOCK:], v_want[BLOCK:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_replay_gives_the_bits_of_the_step_run_as_it_comes(folder, cuda, monkeypatch, adapters):
+    """Three sequences in a bucket of four: the fourth row only pads."""
+    servable = servable_of(folder, cuda_kernels(CPU, fixed=True))
+    groups = list(servable.layout.groups)
+    eager = device_runner(servable, fixed=True)
+    monkeypatch.setattr("server.model.graphs.BUCKETS", (4, 8))
+    graphed = device_runner(servable, GraphSizes(sequences=4, length=40, pages=2), fixed=True)
+    told = []
+    graphed.capture(lambda done, total: told.append((done, total)))
+    graphs = len(graphed._graphs._graphs)
+    assert told == [(i + 1, graphs) for i in range(graphs)]
+    assert [e[0] for e in cuda.log].count("capture") == graphs == 3, (
+        "without adapters, with one page, with two"
+    )
+    first, second = prompts(LENGTHS, groups, adapters), decodes(LENGTHS, groups, adapters)
+    for runner in (eager, graphed):
+        runner.forward(first)
+    cuda.log.clear()
+    got = graphed.forward(second)
+    assert [entry[0] for entry in cuda.log] == ["synchronize", "record", "replay"]
+    assert torch.equal(got, eager.forward(second))
+    assert got.shape == (3, 64)
+
+
+def test_which_steps_are_replayed(folder, cuda):
+    servable = servable_of(folder, cuda_kernels(CPU, fixed=False))
+    groups = list(servable.layout.groups)
+    runner = device_runner(servable, GraphSizes(sequences=2, length=40, pages=1))
+    sizes = GraphSizes(sequences=2, length=40, pages=1)
+    assert sizes.buckets == (1, 2)
+    assert sizes.classes == (0, 1)
+    assert GraphSizes(200, 40, 16).buckets[-3:] == (128, 192, 200)
+    assert GraphSizes(1000, 40, 16).buckets[-1] == 256
+    assert GraphSizes(1, 40, 3).classes == (0, 1, 3)
+    runner.capture(lambda *_: None)
+    find = runner._graphs.find
+    assert find(prompts([5], groups)) is None, "a prompt's rows are no decode"
+    base = find(decodes([5, 9], groups, adapters=False))
+    assert (base.layout.rows, base.pages) == (2, 0)
+    assert find(decodes([5, 9], groups)) is None, "an adapter of two pages was not captured"
+    assert find(decodes([5, 9, 2], groups, adapters=False)) is None, "three rows were not captured"
+    assert (find(decodes([5], groups)).layout.rows, find(decodes([5], groups)).pages) == (1, 0)
+
+
+def test_a_rows_bits_are_its_own_where_that_is_asked_for(folder, cuda):
+    servable = servable_of(folder, cuda_kernels(CPU, fixed=True), "nf4-bf16")
+    groups = list(servable.layout.groups)
+    together, alone = device_runner(servable, fixed=True), device_runner(servable, fixed=True)
+    among = together.forward(prompts(LENGTHS, groups))
+    whole = prompts(LENGTHS, groups)
+    first = 0
+    for number, length in enumerate(LENGTHS):
+        rows = slice(first, first + length)
+        mine = {
+            group: tuple(
+                Segment(s.start - first, s.end - first, s.pages, s.weights)
+                for s in segments
+                if s.start == first
+            )
+            for group, segments in whole.segments.items()
+        }
+        span = whole.spans[number]
+        step = StepInputs(
+            whole.token_ids[rows], whole.positions[rows], whole.kv_index[rows], np.arange(length),
+            (Span(0, length, span.kv_length, span.blocks),), mine,
+        )  # fmt: skip
+        assert torch.equal(alone.forward(step), among[rows])
+        first += length
+
+
+assert SIZES["hidden_size"] % 64 == 0, "these tests want NF4 blocks that do not straddle rows"
