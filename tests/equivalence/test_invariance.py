@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from kernels.cpu.library import INSTRUCTION_SETS, load
-from server.model.kernel_set import compiled
 from server.model.servable import make_servable
 from tests.equivalence.harness import Harness, Row, read_peft
 from tests.equivalence.models import VOCAB, held_model, plain_model, with_adapters
@@ -41,7 +40,8 @@ def engine_parts(request, tmp_path_factory):
         plain.get_input_embeddings().weight[OUTLIER] *= 1000
     plain.save_pretrained(folder / "base")
     servable = make_servable(
-        held_model(folder / "base", how), kernels=compiled(library) if library else plain()
+        held_model(folder / "base", how),
+        kernels=kernel_set.compiled(library) if library else kernel_set.plain(),
     )
     adapters = read_peft(with_adapters(copy.deepcopy(plain), "llama"), folder / "adapters", servable)
     return servable, adapters
