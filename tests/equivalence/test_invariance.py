@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.cpu.library import INSTRUCTION_SETS, load
+from server.model import kernel_set
 from server.model.servable import make_servable
 from tests.equivalence.harness import Harness, Row, read_peft
 from tests.equivalence.models import VOCAB, held_model, plain_model, with_adapters
