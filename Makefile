@@ -66,6 +66,7 @@ build/sanitized-emulated/all: $(KERNELS:kernels/cpu/%.c=build/sanitized-emulated
 build/sanitized-emulated/%.o: kernels/cpu/%.c $(wildcard kernels/cpu/*.h) $(EMULATION)/emulate.h
 	@mkdir -p $(@D)
 	$(CC) $(SANITIZE) $(EMULATE) -c $< -o $@
+
 interpret: $(VENV)/interpret/.installed  ## the GPU kernels under Triton's interpreter, and their machine code; no GPU needed
 	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/interpret OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTERS) tests/triton
 
@@ -74,7 +75,6 @@ interpret: $(VENV)/interpret/.installed  ## the GPU kernels under Triton's inter
 $(VENV)/interpret/.installed: $(VENV)/.installed
 	$(BIN)/pip install --quiet --upgrade --no-deps --target $(VENV)/interpret triton==3.6.0 "numpy==2.3.5"
 	@touch $@
-
 
 check: install  ## format, lint, types, layout
 	$(BIN)/ruff format --check .
