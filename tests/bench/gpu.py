@@ -42,6 +42,7 @@ from tests.bench.random_llama import RANK, Shape
 SEED = 0
 NF4_BYTES = 0.5 + 4 / 64  # of a weight: its code and its share of an absmax
 H200_STEP_MS = 4.6
+MOST_SECONDS = 330  # after which no part begins: with gpu-check before it, all is to end within ten minutes
 
 
 @dataclass(frozen=True)
@@ -304,9 +305,12 @@ class Bench:
         parts: list[Callable[[], None]] = [
             self.memory, self.products, self.engine, self.upload, self.bitsandbytes, self.batch_invariant, self.peft,
         ]  # fmt: skip
+        started = time.perf_counter()
         for part in parts:
             began = time.perf_counter()
             try:
+                if began - started > MOST_SECONDS:
+                    raise TimeoutError(f"{part.__name__} was not begun: {MOST_SECONDS} s are over")
                 part()
             except Exception:
                 traceback.print_exc()

@@ -44,7 +44,7 @@ class Disturbance:
     quiet: float
     during: float
     tokens: int  # that came during it
-    seconds: float  # from the upload's first byte to the first token that the new adapter gave
+    seconds: float  # from the upload's first byte until the adapter was on the device
 
 
 @contextmanager
@@ -128,7 +128,7 @@ class _Case:
     tokens: int  # that are timed of each stream before the upload
 
     async def once(self, name: str, file: Path) -> Disturbance:
-        """Streams begin; they are timed alone, then beside an upload until the new adapter gives its first token."""
+        """Streams begin; they are timed alone, then beside an upload until the new adapter's pages are written."""
         moments: list[list[float]] = [[] for _ in range(self.streams)]
         tasks = [
             asyncio.create_task(_stream(self.made, f"{name}-{i}", moments[i])) for i in range(self.streams)
@@ -140,8 +140,11 @@ class _Case:
         reply = await asyncio.to_thread(_upload, self.uploader, f"{self.port} {name} {file}\n")
         assert reply["status"] in (200, 201), reply
         generation = self.made.registry.entry(name).generation
-        await _stream(self.made, f"{name}-itself", [], generation, tokens=1)
+        itself = asyncio.create_task(_stream(self.made, f"{name}-itself", [], generation, tokens=1))
+        while generation not in self.made.engine.residency.pool.residents and not itself.done():
+            await asyncio.sleep(0.001)
         ready = time.perf_counter()
+        await itself
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,80 @@
+"""A step as one buffer of numbers: what goes in comes out, and what a bucket adds reads and writes nobody's."""
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.plans import AttentionPlan, DeltaPlan
+from kernels.segments import Segment, Span
+from server.model.kv_cache import PADDING_BLOCK
+from server.model.runner import StepInputs
+from server.model.step_tables import StepLayout
+
+BLOCK = 16
+SEGMENTS = (Segment(0, 1, (4,), (1.0,)), Segment(1, 3, (2, 0), (0.5, 1.0)))
+
+
+def step(segments) -> StepInputs:
+    spans = tuple(Span(row, row + 1, 20 + row, (1 + 2 * row, 2 + 2 * row)) for row in range(3))
+    at = np.array([19, 20, 21])
+    kv_index = np.array([35, 68, 101])
+    return StepInputs(np.array([7, 8, 9]), at, kv_index, np.arange(3), spans, segments)
+
+
+def filled(layout, inputs):
+    """The buffer, every place that nobody wrote marked."""
+    out = np.full(layout.size, -(2**30), np.int32)
+    return out, layout.fill(out, inputs)
+
+
+def bucket(groups, pages=2, rows=8):
+    return StepLayout(rows, None, dict.fromkeys(groups, pages), 40, BLOCK, 1, False)
+
+
+def test_a_step_as_large_as_its_layout():
+    inputs = step({"qkv": SEGMENTS, "o": ()})
+    layout = StepLayout.of(inputs, BLOCK, group=4, fixed=False)
+    assert (layout.rows, layout.wanted, layout.most_pages, layout.most_blocks) == (3, 3, {"qkv": 2}, 6)
+    out, used = filled(layout, inputs)
+    tensors = layout.view(torch.from_numpy(out), used)
+    assert tensors.token_ids.tolist() == [7, 8, 9]
+    assert tensors.positions.tolist() == [19, 20, 21]
+    assert tensors.kv_index.tolist() == [35, 68, 101]
+    assert tensors.logits_rows.tolist() == [0, 1, 2]
+    assert tensors.token_ids.dtype is torch.int64
+    assert used.size <= layout.size
+
+
+def test_the_rows_that_pad_a_bucket_are_nobodys():
+    layout = bucket(["qkv"])
+    out, _ = filled(layout, step({"qkv": SEGMENTS}))
+    tensors = layout.view(torch.from_numpy(out))
+    assert tensors.token_ids.tolist() == [7, 8, 9, 0, 0, 0, 0, 0]
+    assert tensors.kv_index.tolist()[3:] == [PADDING_BLOCK * BLOCK] * 5
+    assert tensors.logits_rows is None
+    plans = tensors.plans
+    assert (plans.attention.rows, plans.attention.tiles) == (8, 8)
+    assert (plans.deltas["qkv"].rows, plans.deltas["qkv"].most_pages) == (8, 2)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_each_group_has_the_plan_of_its_segments(shared):
+    """One that shares its segments with another has a copy of its plan; one without any an empty plan."""
+    other = SEGMENTS if shared else (Segment(2, 3, (5,), (1.0,)),)
+    layout = bucket(["qkv", "o", "down"])
+    out, _ = filled(layout, step({"qkv": SEGMENTS, "o": other}))
+    plans = layout.view(torch.from_numpy(out)).plans.deltas
+    for group, segments in (("qkv", SEGMENTS), ("o", other), ("down", ())):
+        want = np.zeros(DeltaPlan.sizes(8, 2), np.int32)
+        used = DeltaPlan.fill(want, segments, 8)
+        assert plans[group].buffer[:used].tolist() == want[:used].tolist(), group
+
+
+def test_attention_comes_last_for_its_end_varies_most():
+    layout = bucket(["qkv"])
+    inputs = step({"qkv": SEGMENTS})
+    out, used = filled(layout, inputs)
+    want = np.zeros(AttentionPlan.sizes(8, 40), np.int32)
+    count, tiles, lines = AttentionPlan.fill(want, inputs.spans, 8, 1)
+    assert out[used.size - count : used.size].tolist() == want[:count].tolist()
+    assert (used.attention_tiles, used.attention_lines) == (tiles, lines)
