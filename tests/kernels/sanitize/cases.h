@@ -15,6 +15,7 @@ void products(int32_t isa);
 void deltas(int32_t isa);
 void attention(int32_t isa);
 void rows(int32_t isa);
+void layer(int32_t isa);
 
 static inline uint32_t drawn(void) {
     static uint32_t state = 1;

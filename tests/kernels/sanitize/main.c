@@ -9,6 +9,7 @@ int main(void) {
         deltas(isa);
         attention(isa);
         rows(isa);
+        layer(isa);
     }
     puts("clean");
     return 0;
