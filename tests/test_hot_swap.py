@@ -20,7 +20,7 @@ from server.serving import Serving
 from server.startup import load
 
 DEMO = Path(__file__).parents[1] / "demo"
-STREAMS, BEFORE, LENGTH = 8, 8, 48
+STREAMS, BEFORE, LENGTH = 8, 8, 160
 QUESTIONS = ("discharge", "a bond", "interest", "relief", "a charge", "a claim", "a trust", "a balance")
 BODY = {
     "model": "swapped",

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels import emulation
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -26,23 +24,11 @@ def _sanitizers(tmp_path_factory):
         pytest.skip("no gcc with its sanitizers here")
 
 
-def assert_clean(target):
+@pytest.mark.usefixtures("_sanitizers")
+def test_the_kernels_stay_within_their_memory():
     own = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     made = subprocess.run(
-        ["make", "--jobs=2", target], cwd=ROOT, env=own, capture_output=True, text=True, check=False
+        ["make", "--jobs=2", "sanitize"], cwd=ROOT, env=own, capture_output=True, text=True, check=False
     )
     assert made.returncode == 0, made.stderr[-3000:]
     assert "clean" in made.stdout.splitlines()
-
-
-@pytest.mark.usefixtures("_sanitizers")
-def test_the_kernels_stay_within_their_memory():
-    assert_clean("sanitize")
-
-
-@pytest.mark.usefixtures("_sanitizers")
-def test_so_do_those_that_only_an_emulation_runs():
-    missing = emulation.missing_for_emulation()
-    if missing:
-        pytest.skip(f"this machine {missing}" if missing.startswith("has") else missing)
-    assert_clean("sanitize-emulated")
