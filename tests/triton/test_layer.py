@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import Gemma2Config, MistralConfig, Qwen2Config, Qwen3Config
@@ -38,7 +39,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where each architecture's base lies, its biases and norms with numbers of their own."""
+    """Says where each architecture's base lies, its biases and norms with numbers of their own."""
 
     def made(architecture):
         path = tmp_path_factory.getbasetemp() / f"layer-{architecture}"
@@ -63,25 +64,19 @@ def taken_over(servable):
 def mixed(groups):
     """After `prompts` of LENGTHS: three more tokens of the first text, one more of the others, adapters as there."""
     after, more = decodes(LENGTHS, groups), 2
-    chunk = tuple(after.token_ids[:1]) * more
-    ids, at, kv = (
-        torch.cat((torch.tensor(first), torch.tensor(rest))).numpy()
-        for first, rest in (
-            ((*chunk, after.token_ids[0]), after.token_ids[1:]),
-            (range(after.positions[0], after.positions[0] + 3), after.positions[1:]),
-            (range(after.kv_index[0], after.kv_index[0] + 3), after.kv_index[1:]),
-        )
-    )
-    first = after.spans[0]
+    repeats = [1 + more] + [1] * (len(LENGTHS) - 1)
+    ids, at, kv = (np.repeat(of, repeats) for of in (after.token_ids, after.positions, after.kv_index))
+    for rows_of in (at, kv):
+        rows_of[: 1 + more] += np.arange(1 + more)
+    first, *others = after.spans
     spans = (
-        Span(0, 3, first.kv_length + more, first.blocks),
-        *(Span(s.start + more, s.end + more, s.kv_length, s.blocks) for s in after.spans[1:]),
+        Span(0, 1 + more, first.kv_length + more, first.blocks),
+        *(Span(s.start + more, s.end + more, s.kv_length, s.blocks) for s in others),
     )
     segments = tuple(
         Segment(s.start + more, s.end + more, s.pages, s.weights) for s in after.segments[groups[0]]
     )
-    wanted = torch.arange(len(ids)).numpy()
-    return StepInputs(ids, at, kv, wanted, spans, dict.fromkeys(groups, segments))
+    return StepInputs(ids, at, kv, np.arange(len(ids)), spans, dict.fromkeys(groups, segments))
 
 
 @pytest.mark.parametrize(
