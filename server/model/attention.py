@@ -53,6 +53,7 @@ class AttentionLayer:
     unknown: frozenset[str]
     masked: bool
     group: int = 1  # query heads that share a key head
+    plain: bool = True  # neither softcap nor sinks
 
 
 class Attend(Protocol):
@@ -135,6 +136,7 @@ def paged_attention(
             unknown,
             attention_mask is not None,
             query.shape[1] // key.shape[1],
+            plain=softcap is None and s_aux is None,
         )
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     context = current_context()

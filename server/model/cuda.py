@@ -26,7 +26,7 @@ from kernels.workspace import Workspace
 from server.model.context import ForwardContext, StepPlans
 from server.model.kernel_set import Kernels, plain
 from server.model.linear import BaseLinear, DenseLinear, FourBitWeight, exact_linear, joined, joined_bias
-from server.model.steady import RowOperations
+from server.model.steady import LayerParts, RowOperations
 
 _FLOATS = frozenset({torch.bfloat16, torch.float32})
 
@@ -44,6 +44,7 @@ def cuda_kernels(device: torch.device, *, fixed: bool) -> Kernels:
         head=partial(_head, fixed),
         rows=RowOperations(_FLOATS, rows.rms_norm, rows.gate, rows.rotate),
         planned=True,
+        layers=partial(TritonLayer, workspace, fixed),
     )
 
 
@@ -119,6 +120,49 @@ class FixedRows:
             for part in x.split(FIXED_ROWS)
         ]
         return joined(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class TritonLayer:
+    """A decoder layer as one function: nothing of transformers' between the launches, and fewer of them."""
+
+    workspace: Workspace
+    fixed: bool
+    parts: LayerParts
+
+    def __call__(self, context: ForwardContext, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        qkv, out, gate_up, down = self.parts.sites
+        before, after = self.parts.norms
+        residual = x[0].contiguous()
+        heads = qkv.product(rows.rms_norm(residual, before.weight, before.epsilon))
+        attended = out.product(self._attend(context, heads, angles).flatten(1))
+        normed, residual = rows.add_rms_norm(attended, residual, after.weight, after.epsilon)
+        gate, up = gate_up.product(normed).split_with_sizes(gate_up.widths, 1)
+        return (residual + down.product(rows.gate(self.parts.activation, gate, up)))[None]
+
+    def _attend(
+        self,
+        context: ForwardContext,
+        heads: Tensor,  # [rows, (query heads + 2 * kv heads) * width]
+        angles: tuple[Tensor, Tensor],
+    ) -> Tensor:  # [rows, query heads, width]
+        shape, (k_cache, v_cache) = self.parts.shape, context.kv_caches[self.parts.index]
+        q, k, v = heads.unflatten(1, (-1, shape.width)).split_with_sizes(
+            (shape.heads, shape.kv_heads, shape.kv_heads), 1
+        )
+        cos, sin = (angle[0] for angle in angles)
+        return paged.attention(
+            rows.rotate_and_write(k_cache, v_cache, q, k, v, cos, sin, context.kv_index),
+            k_cache,
+            v_cache,
+            _plans(context).attention,
+            self.workspace,
+            scale=shape.scale,
+            window=shape.window,
+            softcap=None,
+            sinks=None,
+            fixed=self.fixed,
+        )
 
 
 def _linear(

@@ -19,7 +19,7 @@ from kernels.cpu.library import Library
 from kernels.reference import ROW_TILE
 from server.model.attention import Attend, compiled_attention, plain_attention
 from server.model.linear import BaseLinear, CompiledDeltas, Deltas, PackedLinear, PlainDeltas
-from server.model.steady import RowOperations
+from server.model.steady import LayerInOneCall, LayerParts, RowOperations, RunsLayer
 
 
 class TakesLinears(Protocol):
@@ -40,9 +40,7 @@ class Kernels:
     head: TakesLinears  # the same of the output embedding
     rows: RowOperations | None = None  # norms, gates and rotations, where they have them
     planned: bool = False  # whether they read a step from tables on the device
-    library: Library | None = (
-        None  # of the C kernels, where these are they: a whole layer may be one call of it
-    )
+    layers: Callable[[LayerParts], RunsLayer | None] | None = None  # a whole decoder layer of the usual parts
 
 
 def _none(members: Sequence[nn.Linear], dtype: torch.dtype) -> BaseLinear | None:
@@ -70,7 +68,7 @@ def compiled(library: Library) -> Kernels:
             partial(operations.gate, library),
             partial(operations.rotate, library),
         ),
-        library=library,
+        layers=partial(LayerInOneCall.of, library),
     )
 
 

@@ -268,7 +268,7 @@ class LinearGroup:
     def output(self, x: Tensor, member: int) -> Tensor:
         """One member's output; all members are computed when `x` is first seen, and let go after the last."""
         if self._input is not x:
-            y = self._product(x.reshape(-1, x.shape[-1]))
+            y = self.product(x.reshape(-1, x.shape[-1]))
             y = y.view(*x.shape[:-1], y.shape[-1])
             self._input = x
             self._outputs = torch.split_with_sizes(y, self.widths, -1) if len(self.widths) > 1 else (y,)
@@ -277,10 +277,11 @@ class LinearGroup:
             self._input, self._outputs = None, ()
         return result
 
-    def _product(
+    def product(
         self,
         x: Tensor,  # [rows, in]
     ) -> Tensor:  # [rows, sum of widths]
+        """All members at once, with the deltas of the running step."""
         context = current_context()
         if context is None or self.deltas is None:
             return self.base(x)

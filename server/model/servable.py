@@ -95,7 +95,7 @@ def make_servable(
     findings = probe(model)
     groups = tuple(_install_group(model, site, backend, kernels) for site in findings.layout.sites)
     _install_head(model, kernels)
-    if kernels.library is not None:
+    if kernels.layers is not None:
         install_compiled_layers(model, kernels, findings.attention)
     return ServableModel(model, findings.layout, groups, findings.attention, length, kernels)
 

@@ -15,7 +15,7 @@ import operator
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -289,23 +289,37 @@ class _Answer(nn.Module):
         return self.answer
 
 
-@dataclass(slots=True, eq=False)
-class CompiledLayer:
-    """A decoder layer in one call, as its forward; outside a forward pass of ours the layer's own runs.
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerParts:
+    """What a decoder layer of the usual parts is made of: `x += attention(norm(x))`, `x += mlp(norm(x))`."""
 
-    transformers' own makes a hundred calls of Python's. A layer's weights pass through the caches and leave nothing of
-    the interpreter there: with one row, what ran between the products took a quarter of a step.
-    """
-
-    library: Library
-    original: Callable[..., Any]
     index: int
     shape: AttentionShape
     norms: tuple[CompiledRMSNorm, CompiledRMSNorm]  # before attention, before the MLP
     sites: tuple[LinearGroup, LinearGroup, LinearGroup, LinearGroup]  # q k v, o, gate up, down
     activation: Activation
-    _call: LayerCall | None = None
-    _called_with: tuple[object, ...] = ()
+
+
+class RunsLayer(Protocol):
+    """All that such a layer does in a step."""
+
+    def __call__(
+        self,
+        context: ForwardContext,
+        x: Tensor,  # [1, rows, hidden]
+        angles: tuple[Tensor, Tensor],  # cos, sin: [1, rows, width]
+    ) -> Tensor:  # [1, rows, hidden]
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompiledLayer:
+    """A decoder layer's forward in place of transformers', which makes a hundred calls of Python's; outside a forward
+    pass of ours the layer's own runs."""
+
+    original: Callable[..., Any]
+    parts: LayerParts
+    run: RunsLayer
 
     def __call__(
         self,
@@ -318,45 +332,66 @@ class CompiledLayer:
         if (
             context is None
             or position_embeddings is None
-            or position_embeddings[0].shape[2] != self.shape.width
+            or position_embeddings[0].shape[2] != self.parts.shape.width
         ):
             return self.original(hidden_states, *args, position_embeddings=position_embeddings, **others)
+        return self.run(context, hidden_states, position_embeddings)
+
+
+@dataclass(slots=True, eq=False)
+class LayerInOneCall:
+    """A layer in one call of the C kernels.
+
+    A layer's weights pass through the caches and leave nothing of the interpreter there: with one row, what ran
+    between the products took a quarter of a step.
+    """
+
+    library: Library
+    parts: LayerParts
+    _call: LayerCall | None = None
+    _called_with: tuple[object, ...] = ()
+
+    @classmethod
+    def of(cls, library: Library, parts: LayerParts) -> Self | None:
+        """None where the products are not these kernels'."""
+        ours = all(isinstance(site.base, PackedLinear) for site in parts.sites)
+        return cls(library, parts) if ours else None
+
+    def __call__(self, context: ForwardContext, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         layer = self._call_into(context)
-        step = context.compiled_steps.get(position_embeddings)
+        step = context.compiled_steps.get(angles)
         if step is None:
-            step = context.compiled_steps[position_embeddings] = self._step(
-                layer, context, position_embeddings
-            )
-        return run_layer(self.library, layer, step, hidden_states)
+            step = context.compiled_steps[angles] = self._step(layer, context, angles)
+        return run_layer(self.library, layer, step, x)
 
     def _call_into(self, context: ForwardContext) -> LayerCall:
         """The layer's addresses, found again when it is given another cache or another pool."""
-        caches = context.kv_caches[self.index]
-        given = (*caches, *(site.deltas for site in self.sites))
+        caches = context.kv_caches[self.parts.index]
+        given = (*caches, *(site.deltas for site in self.parts.sites))
         if self._call is None or not all(map(operator.is_, given, self._called_with)):
-            bases = [cast(PackedLinear, site.base) for site in self.sites]
+            bases = [cast(PackedLinear, site.base) for site in self.parts.sites]
             self._call = LayerCall.of(
                 [
                     SiteWeights(base.weight, base.bias, _pages(site))
-                    for base, site in zip(bases, self.sites, strict=True)
+                    for base, site in zip(bases, self.parts.sites, strict=True)
                 ],
                 (
-                    (self.norms[0].weight, self.norms[0].epsilon),
-                    (self.norms[1].weight, self.norms[1].epsilon),
+                    (self.parts.norms[0].weight, self.parts.norms[0].epsilon),
+                    (self.parts.norms[1].weight, self.parts.norms[1].epsilon),
                 ),
                 caches,
                 context.spans.block_size,
-                self.shape,
-                self.activation,
+                self.parts.shape,
+                self.parts.activation,
             )
             self._called_with = given
         return self._call
 
     def _step(self, layer: LayerCall, context: ForwardContext, angles: tuple[Tensor, Tensor]) -> StepCall:
-        groups = [site.site.group for site in self.sites]
+        groups = [site.site.group for site in self.parts.sites]
         return StepCall.of(
             layer,
-            self.sites[0].site.in_features,
+            self.parts.sites[0].site.in_features,
             angles[0][0],
             angles[1][0],
             context.kv_index,

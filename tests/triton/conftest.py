@@ -12,6 +12,7 @@ collect_ignore_glob: list[str] = []
 ON_THE_CPU = (
     "test_*machine_code.py",
     "test_server.py",
+    "test_layer.py",
     "test_bench.py",
     "test_nf4.py",
 )  # the last has a twin there
