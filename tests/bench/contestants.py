@@ -33,19 +33,9 @@ PREFILL = 256
 
 
 class Ours:
-    """The engine as `loraplex serve` builds it, asked in process.
+    """The engine as `loraplex serve` builds it, asked in process."""
 
-    `product_dtype` is what bitsandbytes' products compute in, where they are left to it; the rest stays in float32.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        work: Path,
-        adapters: int,
-        product_dtype: torch.dtype | None = None,
-        **settings: Any,
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, work: Path, adapters: int, **settings: Any) -> None:
         modules = tuple(LoraModule(path.name, path) for path in checkpoint.adapters[:adapters])
         serving = Serving()
         load(
@@ -66,10 +56,13 @@ class Ours:
         self._generations = [self._served.registry.entry(module.name).generation for module in modules]
         self._ids = itertools.count()
         self._draw = np.random.default_rng(0)
+
+    def multiply_in(self, dtype: torch.dtype) -> None:
+        """What bitsandbytes' products compute in from now on, where they are left to it; the rest stays in float32."""
         for module in self.engine.runner.model.modules():
-            if product_dtype is not None and isinstance(module, LoRALinear):
+            if isinstance(module, LoRALinear):
                 for member in cast(ModuleLinear, module.group.base).members:
-                    member.compute_dtype, member.compute_type_is_set = product_dtype, True
+                    member.compute_dtype, member.compute_type_is_set = dtype, True
 
     def decode(self, adapters: Sequence[int | None], steps: int) -> float:
         """Seconds per step of a batch with these adapters, by number; None is the base alone."""
@@ -113,15 +106,15 @@ class Ours:
 
 
 @torch.inference_mode()
-def faster_dtype() -> torch.dtype:
-    """In which of float32 and bfloat16 bitsandbytes multiplies faster here, one row and sixteen."""
+def faster_dtype(rows: int) -> torch.dtype:
+    """In which of float32 and bfloat16 bitsandbytes multiplies so many rows faster here."""
     weight = nn.Linear(2048, 4096, bias=False).state_dict()
     seconds: dict[torch.dtype, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         held = Linear4bit(2048, 4096, bias=False, quant_type="nf4", compute_dtype=dtype)
         held.load_state_dict(weight)
         held = held.to("cpu").eval()
-        seconds[dtype] = sum(_best_of_three(held, torch.randn(rows, 2048, dtype=dtype)) for rows in (1, 16))
+        seconds[dtype] = _best_of_three(held, torch.randn(rows, 2048, dtype=dtype))
     return min(seconds, key=seconds.__getitem__)
 
 
