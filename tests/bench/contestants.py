@@ -16,9 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from torch import nn
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from server.config import LoraModule, Settings
@@ -103,29 +101,6 @@ class Ours:
         submit = Submit(f"bench-{next(self._ids)}", ids, Sampling(tokens, temperature=0), generation)
         async with aclosing(self.engine.stream(submit)) as events:
             return [time.perf_counter() async for event in events if isinstance(event, Token)]
-
-
-@torch.inference_mode()
-def faster_dtype(rows: int) -> torch.dtype:
-    """In which of float32 and bfloat16 bitsandbytes multiplies so many rows faster here."""
-    weight = nn.Linear(2048, 4096, bias=False).state_dict()
-    seconds: dict[torch.dtype, float] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        held = Linear4bit(2048, 4096, bias=False, quant_type="nf4", compute_dtype=dtype)
-        held.load_state_dict(weight)
-        held = held.to("cpu").eval()
-        seconds[dtype] = _best_of_three(held, torch.randn(rows, 2048, dtype=dtype))
-    return min(seconds, key=seconds.__getitem__)
-
-
-def _best_of_three(held: nn.Module, x: torch.Tensor) -> float:
-    held(x)  # the first call may repack the weights
-    best = float("inf")
-    for _ in range(3):
-        began = time.perf_counter()
-        held(x)
-        best = min(best, time.perf_counter() - began)
-    return best
 
 
 class _Clock(StoppingCriteria):
