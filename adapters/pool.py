@@ -205,13 +205,13 @@ class Pool:
         return victims if all(count <= 0 for count in lacking.values()) else None
 
     def _settle(self) -> None:
-        """Note which copies have ended; raises the error of one that failed."""
+        """Note which copies have ended; raises the error of one that failed, whose pages are free again."""
         for generation, copied in tuple(self._arriving.items()):
             if copied.done():
                 del self._arriving[generation]
-                self.load_seconds.add(copied.result())
-                if generation in self._doomed:
+                if generation in self._doomed or copied.exception() is not None:
                     self._release(generation)
+                self.load_seconds.add(copied.result())
 
     def _release(self, generation: str) -> None:
         for group, held in self._tables.pop(generation).items():

@@ -142,3 +142,6 @@ def test_a_copy_that_fails_is_not_taken_for_one_that_came(pool):
     pool.deferred.end(AdapterError("x", "the device is gone"))
     with pytest.raises(AdapterError, match="the device is gone"):
         pool.resident("one")
+    assert not pool.resident("one")
+    assert pool.used == 0
+    pool.check()
