@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from adapters.page_copy import SitePages
@@ -25,7 +23,15 @@ from kernels.tiles import BLOCK, FIXED_ROWS
 from kernels.workspace import Workspace
 from server.model.context import ForwardContext, StepPlans
 from server.model.kernel_set import Kernels, plain
-from server.model.linear import BaseLinear, DenseLinear, FourBitWeight, exact_linear, joined, joined_bias
+from server.model.linear import (
+    BaseLinear,
+    DenseLinear,
+    FourBitWeight,
+    exact_linear,
+    in_nf4_blocks,
+    joined,
+    joined_bias,
+)
 from server.model.steady import LayerParts, RowOperations
 
 _FLOATS = frozenset({torch.bfloat16, torch.float32})
@@ -42,7 +48,7 @@ def cuda_kernels(device: torch.device, *, fixed: bool) -> Kernels:
         deltas=partial(TritonDeltas, workspace, fixed),
         linear=partial(_linear, workspace, fixed),
         head=partial(_head, fixed),
-        rows=RowOperations(_FLOATS, rows.rms_norm, rows.gate, rows.rotate),
+        rows=RowOperations(_FLOATS, rows.rms_norm, rows.gate, rows.rotate, same_bits=False),
         planned=True,
         layers=partial(TritonLayer, workspace, fixed),
     )
@@ -60,23 +66,15 @@ class TritonLinear:
     @staticmethod
     def serves(members: Sequence[nn.Linear]) -> bool:
         """Whether there is a kernel for these: NF4 in blocks of 64 that do not straddle rows."""
-        return all(
-            isinstance(member, Linear4bit)
-            and member.weight.quant_state.quant_type == "nf4"
-            and member.weight.quant_state.blocksize == BLOCK
-            and member.in_features % BLOCK == 0
-            for member in members
-        )
+        return all(in_nf4_blocks(member, BLOCK) for member in members)
 
     @classmethod
     def of(
-        cls, workspace: Workspace, fixed: bool, members: Sequence[Linear4bit], dtype: torch.dtype
+        cls, workspace: Workspace, fixed: bool, members: Sequence[nn.Linear], dtype: torch.dtype
     ) -> TritonLinear:
-        weights = [FourBitWeight.of(member) for member in members]
-        shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
-        packed = joined([weight.packed.flatten() for weight in weights])
-        absmax = joined([weight.absmax.flatten() for weight in weights])
-        return cls(workspace, fixed, NF4Weight.of(packed, absmax, shape), joined_bias(members, dtype))
+        held = FourBitWeight.of_siblings(members)
+        weight = NF4Weight.of(held.packed, held.absmax, held.shape)
+        return cls(workspace, fixed, weight, joined_bias(members, dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
         return nf4.linear(x.contiguous(), self.weight, self.bias, self.workspace, fixed=self.fixed)
@@ -169,7 +167,7 @@ def _linear(
     workspace: Workspace, fixed: bool, members: Sequence[nn.Linear], dtype: torch.dtype
 ) -> BaseLinear | None:
     if TritonLinear.serves(members):
-        return TritonLinear.of(workspace, fixed, cast(Sequence[Linear4bit], members), dtype)
+        return TritonLinear.of(workspace, fixed, members, dtype)
     return FixedRows(exact_linear(members, dtype)) if fixed else None
 
 

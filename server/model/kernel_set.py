@@ -67,6 +67,7 @@ def compiled(library: Library) -> Kernels:
             partial(operations.rms_norm, library),
             partial(operations.gate, library),
             partial(operations.rotate, library),
+            same_bits=True,
         ),
         layers=partial(LayerInOneCall.of, library),
     )

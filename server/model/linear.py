@@ -9,7 +9,7 @@ nothing of how pages came to the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, cast
 
 import bitsandbytes.functional as bnb
@@ -78,6 +78,17 @@ class FourBitWeight:
         out_features, in_features = state.shape
         return cls(packed, absmax.float(), state.blocksize, state.quant_type, (out_features, in_features))
 
+    @classmethod
+    def of_siblings(cls, members: Sequence[nn.Linear]) -> FourBitWeight:
+        """All members' as one matrix, row after row."""
+        weights = [cls.of(cast(Linear4bit, member)) for member in members]
+        return replace(
+            weights[0],
+            packed=joined([weight.packed.flatten() for weight in weights]),
+            absmax=joined([weight.absmax.flatten() for weight in weights]),
+            shape=(sum(weight.shape[0] for weight in weights), weights[0].shape[1]),
+        )
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:  # [out, in]
         dequantized: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
             self.packed, self.absmax, self.block, self.kind, self.shape, dtype
@@ -99,27 +110,13 @@ class PackedLinear:
     @staticmethod
     def serves(members: Sequence[nn.Linear]) -> bool:
         """Whether there is a kernel for these: plain weights, and NF4 in blocks of 64 that do not straddle rows."""
-        return all(
-            type(member) is nn.Linear
-            or (
-                isinstance(member, Linear4bit)
-                and member.weight.quant_state.quant_type == "nf4"
-                and member.weight.quant_state.blocksize == operations.BLOCK
-                and member.in_features % operations.BLOCK == 0
-            )
-            for member in members
-        )
+        return all(type(member) is nn.Linear or in_nf4_blocks(member, operations.BLOCK) for member in members)
 
     @classmethod
     def of(cls, members: Sequence[nn.Linear], library: Library) -> PackedLinear:
         if isinstance(members[0], Linear4bit):
-            weights = [FourBitWeight.of(cast(Linear4bit, member)) for member in members]
-            packed = operations.pack_nf4(
-                library,
-                joined([weight.packed.flatten() for weight in weights]),
-                joined([weight.absmax for weight in weights]),
-                (sum(weight.shape[0] for weight in weights), weights[0].shape[1]),
-            )
+            weight = FourBitWeight.of_siblings(members)
+            packed = operations.pack_nf4(library, weight.packed, weight.absmax, weight.shape)
         else:
             packed = operations.pack_plain(library, joined([member.weight.detach() for member in members]))
         return cls(library, packed, joined_bias(members, torch.float32))
@@ -174,6 +171,16 @@ class ModuleLinear:
 
 
 NOT_OURS = (DenseLinear, FourBitLinear, Int8Linear, ModuleLinear)  # products by PyTorch or bitsandbytes
+
+
+def in_nf4_blocks(member: nn.Linear, block: int) -> bool:
+    """Whether its weights are NF4 in blocks of that many, which do not straddle rows."""
+    return (
+        isinstance(member, Linear4bit)
+        and member.weight.quant_state.quant_type == "nf4"
+        and member.weight.quant_state.blocksize == block
+        and member.in_features % block == 0
+    )
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

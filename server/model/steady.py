@@ -43,6 +43,7 @@ class RowOperations:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]  # x [..., width], weight, epsilon
     gate: Gate
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]  # x [rows, heads, width], cos and sin [rows, width]
+    same_bits: bool  # whether gates and rotations must have those of a model's own to take their place
 
 
 class RotaryTable(nn.Module):
@@ -226,10 +227,11 @@ def _turns_halves(function: Callable[..., Any], rows: RowOperations, device: tor
     except (TypeError, ValueError, RuntimeError):  # it asks for other shapes
         return False
     ours = [rows.rotate(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for x in (q, k)]
-    return isinstance(turned, tuple) and all(map(_same, turned, ours))
+    alike = torch.equal if rows.same_bits else _near
+    return isinstance(turned, tuple) and all(map(alike, turned, ours))
 
 
-def _same(ours: Tensor, theirs: Tensor) -> bool:
+def _near(ours: Tensor, theirs: Tensor) -> bool:
     """Within what one rounding more or less makes of float32."""
     return torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -253,7 +255,7 @@ def _compiled_norm(original: nn.Module, rows: RowOperations) -> CompiledRMSNorm 
         want = original(x)
         for factor in (weight.detach(), 1 + weight.detach()):
             twin = CompiledRMSNorm(rows, factor.float(), epsilon)
-            if _same(twin(x), want):
+            if _near(twin(x), want):
                 return twin
     return None
 
@@ -275,7 +277,8 @@ def _is_gated_mlp(original: nn.Module, rows: RowOperations) -> bool:
     }
     trial.__dict__["_modules"] = stand_ins
     with torch.no_grad():
-        return _same(trial(torch.zeros(3, 16, device=device)), rows.gate(activation.kind, gate, up))
+        answer, ours = trial(torch.zeros(3, 16, device=device)), rows.gate(activation.kind, gate, up)
+    return torch.equal(answer, ours) if rows.same_bits else _near(answer, ours)
 
 
 class _Answer(nn.Module):
