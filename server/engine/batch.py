@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kernels.segments import Segment, Span, segments_of
 from server.engine.scheduler import Residency, Scheduled
@@ -29,22 +30,16 @@ def build(batch: list[Scheduled], residency: Residency, block_size: int) -> Step
     row = 0
     for item in batch:
         sequence, into = item.sequence, slice(row, row + item.count)
-        if item.count == 1:  # most rows of most steps: no arrays for one number
-            place = sequence.computed
-            token_ids[row], positions[row] = sequence.tokens[place], place
-            kv_index[row] = sequence.blocks[place // block_size] * block_size + place % block_size
-            spans.append(Span(row, into.stop, place + 1, sequence.blocks))
-            prompt_rows += (row for _ in item.scores)
-            row = into.stop
-            if item.samples:
-                logits_rows.append(row - 1)
-            continue
         first, end = sequence.computed, sequence.computed + item.count
-        blocks = np.array(sequence.blocks, dtype=np.int32)
-        at = np.arange(first, end)
-        token_ids[into] = sequence.tokens[first:end]
-        positions[into] = at
-        kv_index[into] = blocks[at // block_size] * block_size + at % block_size
+        blocks: list[int] | NDArray[np.int32] = sequence.blocks
+        if item.count == 1:  # most rows of most steps: no arrays for one number
+            token_ids[row], positions[row] = sequence.tokens[first], first
+            kv_index[row] = blocks[first // block_size] * block_size + first % block_size
+        else:
+            blocks, at = np.array(blocks, dtype=np.int32), np.arange(first, end)
+            token_ids[into] = sequence.tokens[first:end]
+            positions[into] = at
+            kv_index[into] = blocks[at // block_size] * block_size + at % block_size
         spans.append(Span(row, into.stop, end, blocks))
         prompt_rows += (row + position - first for position in item.scores)
         row = into.stop
