@@ -14,7 +14,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapters.pool import Pool
 from kernels.lookup import NF4_CODE
@@ -29,7 +29,7 @@ from server.model.kv_cache import KVCache
 from server.model.runner import StepInputs
 from server.model.servable import LinearBackend, ServableModel, make_servable
 from server.model.step_tables import StepLayout
-from tests.bench.random_llama import Shape
+from tests.bench.random_llama import Shape, llama_config
 
 BLOCK = 16
 LLAMA_8B = Shape(layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=128_256)
@@ -58,18 +58,8 @@ def nf4_linear(inside: int, out: int, device: torch.device) -> Linear4bit:
 
 def random_llama(shape: Shape, device: torch.device, attention: str = "eager") -> PreTrainedModel:
     """The whole model on the device; its linears in NF4, the rest in bfloat16."""
-    config = LlamaConfig(
-        num_hidden_layers=shape.layers,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=8192,
-        bos_token_id=0,
-        eos_token_id=None,
-        pad_token_id=0,
-        tie_word_embeddings=False,
+    config = llama_config(
+        shape, max_position_embeddings=8192, eos_token_id=None, pad_token_id=0, tie_word_embeddings=False
     )
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -93,19 +94,22 @@ def checkpoint(shape: Shape, root: Path) -> Checkpoint:
     return Checkpoint(shape, folder / "base", adapters)
 
 
-def _make_base(shape: Shape, folder: Path) -> None:
-    config = LlamaConfig(
+def llama_config(shape: Shape, **others: Any) -> LlamaConfig:
+    """Llama's configuration in that shape."""
+    return LlamaConfig(
         num_hidden_layers=shape.layers,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         vocab_size=shape.vocabulary,
-        max_position_embeddings=4096,
         bos_token_id=0,
-        eos_token_id=1,
-        dtype="bfloat16",
+        **others,
     )
+
+
+def _make_base(shape: Shape, folder: Path) -> None:
+    config = llama_config(shape, max_position_embeddings=4096, eos_token_id=1, dtype="bfloat16")
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")

@@ -1,10 +1,11 @@
-"""Fresh memory is NaN here: an operation that reads what it never wrote cannot pass."""
+"""Who computes, on how many threads; and fresh memory is NaN."""
 
 import pytest
 import torch
 
 from kernels.cpu.library import INSTRUCTION_SETS
 from tests.kernels import emulation
+from tests.kernels.fresh_memory import fresh_memory_is_nan as fresh_memory_is_nan
 
 
 @pytest.fixture(params=["reference", *INSTRUCTION_SETS])
@@ -20,12 +21,3 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_memory_is_nan():
-    """torch fills uninitialized memory only while deterministic algorithms are asked for."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)

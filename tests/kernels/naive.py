@@ -1,11 +1,38 @@
 """Every operation as its formula says it, token by token in float64; and the data that the tests feed to both."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from kernels import reference
 from kernels.segments import Segment, Span
 
 PAGE_RANK = 16
+
+
+@dataclass
+class DeltaStep:
+    """One site of a pool whose other pages are NaN, and the rows that read it."""
+
+    x: Tensor
+    y: Tensor
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+    widths: tuple[int, ...]
+    segments: tuple[Segment, ...]
+
+    def naive(self) -> Tensor:
+        return add_deltas(self.y, self.x, self.a, self.b, self.scale, self.widths, self.segments)
+
+    def twins(self) -> Tensor:
+        """By the operations of `kernels/reference.py`."""
+        y = self.y.clone()
+        for segment in self.segments:
+            v = reference.shrink(self.x, self.a, self.scale, segment)
+            reference.expand(y, v, self.b, self.widths, segment)
+        return y
 
 
 def add_deltas(

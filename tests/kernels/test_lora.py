@@ -1,17 +1,14 @@
 """Shrink and expand against the sum over tokens, pages and members, whatever the mix of adapters in a step."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import reference
 from kernels.cpu import operations
 from kernels.segments import FlatSegments, Segment, segments_of
-from tests.kernels.naive import PAGE_RANK, add_deltas, relative_error
+from tests.kernels.naive import PAGE_RANK, DeltaStep, add_deltas, relative_error
 
 # (in, widths of the members); BLAS promises no bits for widths that are no multiple of 8, and no model has such
 SHAPES = {"one": (16, (16,)), "odd": (33, (17, 5, 3)), "qkv": (64, (64, 32, 32))}
@@ -32,31 +29,16 @@ POPULARITY = {
 }
 
 
-@dataclass
-class Step:
-    """One site of a pool whose other pages are NaN, and the rows that read it."""
-
-    x: Tensor
-    y: Tensor
-    a: Tensor
-    b: Tensor
-    scale: Tensor
-    widths: tuple[int, ...]
-    segments: tuple[Segment, ...]
+class Step(DeltaStep):
+    """The same by the library, or in plain PyTorch."""
 
     def ours(self, kernels=None) -> Tensor:
+        if kernels is None:
+            return self.twins()
         y = self.y.clone()
-        if kernels is not None:
-            deltas = operations.Deltas.of(kernels, self.a, self.b, self.scale, self.widths)
-            deltas.add(y, self.x, FlatSegments.of(self.segments))
-            return y
-        for segment in self.segments:
-            v = reference.shrink(self.x, self.a, self.scale, segment)
-            reference.expand(y, v, self.b, self.widths, segment)
+        deltas = operations.Deltas.of(kernels, self.a, self.b, self.scale, self.widths)
+        deltas.add(y, self.x, FlatSegments.of(self.segments))
         return y
-
-    def naive(self) -> Tensor:
-        return add_deltas(self.y, self.x, self.a, self.b, self.scale, self.widths, self.segments)
 
 
 def make_step(shape, rows, pool=torch.float32, activations=torch.float32) -> Step:

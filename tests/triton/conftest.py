@@ -8,6 +8,8 @@ import importlib.util
 import pytest
 import torch
 
+from tests.kernels.fresh_memory import fresh_memory_is_nan as fresh_memory_is_nan
+
 collect_ignore_glob: list[str] = []
 ON_THE_CPU = (
     "test_*machine_code.py",
@@ -35,16 +37,7 @@ if not _interpreting():
 
 
 @pytest.fixture(autouse=True)
-def _fresh_memory_is_nan():
-    """A kernel that reads what nobody wrote cannot pass: torch fills memory while deterministic algorithms are on."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def _where_the_kernels_run(_fresh_memory_is_nan):
+def _where_the_kernels_run(fresh_memory_is_nan):
     if _interpreting():
         yield
         return

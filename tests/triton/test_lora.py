@@ -1,6 +1,6 @@
 """Shrink and expand of a whole step against their twins, whatever the mix of adapters in it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from kernels import lora, plans, reference
 from kernels.plans import DeltaPlan
 from kernels.segments import Segment, segments_of
 from kernels.workspace import Workspace
-from tests.kernels.naive import PAGE_RANK, add_deltas, relative_error
+from tests.kernels.naive import PAGE_RANK, DeltaStep, relative_error
 
 # (in, widths of the members): a tile of columns that holds several members, one each, and sums of three chunks
 SHAPES = {
@@ -32,17 +32,8 @@ MIXES = {
 }
 
 
-@dataclass
-class Step:
-    """One site of a pool whose other pages are NaN, and the rows that read it."""
-
-    x: Tensor
-    y: Tensor
-    a: Tensor
-    b: Tensor
-    scale: Tensor
-    widths: tuple[int, ...]
-    segments: tuple[Segment, ...]
+class Step(DeltaStep):
+    """The same by Triton's kernels."""
 
     def plan(self, *, room=0, fixed=False) -> DeltaPlan:
         """The step's plan, or one of a bucket of `room` rows, of which a launch covers every tile it may have."""
@@ -65,16 +56,6 @@ class Step:
         lora.add_deltas(y, self.x, *pages, plan, workspace, fixed=fixed)
         workspace.check()
         return y
-
-    def twins(self) -> Tensor:
-        y = self.y.clone()
-        for segment in self.segments:
-            v = reference.shrink(self.x, self.a, self.scale, segment)
-            reference.expand(y, v, self.b, self.widths, segment)
-        return y
-
-    def naive(self) -> Tensor:
-        return add_deltas(self.y, self.x, self.a, self.b, self.scale, self.widths, self.segments)
 
     def alone(self, row: int) -> "Step":
         segments = tuple(

@@ -1,15 +1,7 @@
 /* Attention over caches of exactly the blocks that its spans fill: ragged spans, windows, softcaps, sinks, grouped heads,
  * widths that fill no vector; and the writing of such caches. */
 #include "cases.h"
-
-int32_t loraplex_attention(int32_t, int32_t, float *out, const float *q, int64_t q_row_stride, int64_t q_head_stride,
-                           const void *k_cache, const void *v_cache, int64_t bf16, int64_t heads, int64_t kv_heads,
-                           int64_t k_width, int64_t v_width, int64_t block_size, const int64_t *spans, int64_t count,
-                           const int32_t *blocks, float scale, int64_t window, float softcap, const float *sinks);
-int32_t loraplex_write_kv(int32_t, int32_t, void *k_cache, void *v_cache, const float *k, int64_t k_row_stride,
-                          int64_t k_head_stride, const float *v, int64_t v_row_stride, int64_t v_head_stride,
-                          const int64_t *kv_index, int64_t rows, int64_t kv_heads, int64_t k_width, int64_t v_width,
-                          int64_t bf16);
+#include "functions.h"
 
 typedef struct {
     int64_t heads, kv_heads, k_width, v_width, block_size, window;

@@ -1,6 +1,7 @@
 /* The adapters' deltas: segments of any length with rows of the base between them, blends, adapters of lower rank than
  * a page, members that an adapter leaves alone. */
 #include "cases.h"
+#include "functions.h"
 
 #define RANK 16
 #define PAGES 4
@@ -8,10 +9,6 @@
 typedef struct {
     int32_t start, end, first, pages;
 } Segment;
-
-int32_t loraplex_add_deltas(int32_t, int32_t, float *y, const float *x, const void *a, const void *b, const float *scale,
-                            int64_t bf16, int64_t width, int64_t total, int64_t members, const int64_t *widths,
-                            const void *segments, int64_t count, const int32_t *page_ids, const float *weights);
 
 /* One site: factors of four pages, page p of the rank RANK - 5 p; page 2 leaves its last member alone. */
 typedef struct {

@@ -1,5 +1,6 @@
 /* The products: matrices whose rows fill no strip, and any number of rows of x. */
 #include "cases.h"
+#include "functions.h"
 #include "packed.h"
 
 int32_t loraplex_ask_large_pages(int32_t isa, int32_t threads, char *memory, int64_t bytes);
@@ -8,9 +9,6 @@ int32_t loraplex_pack_nf4(int32_t, int32_t, const uint8_t *, const float *, uint
 int32_t loraplex_pack_int8(int32_t, int32_t, const uint8_t *, const float *, uint8_t *, int64_t n, int64_t k);
 int32_t loraplex_pack_bf16(int32_t, int32_t, const uint16_t *, uint16_t *, int64_t n, int64_t k);
 int32_t loraplex_pack_f32(int32_t, int32_t, const uint32_t *, uint32_t *, int64_t n, int64_t k);
-typedef int32_t linear(int32_t, int32_t, const float *x, const uint8_t *, const float *bias, float *y, int64_t rows,
-                       int64_t n, int64_t k);
-linear loraplex_nf4_linear, loraplex_int8_linear, loraplex_bf16_linear, loraplex_f32_linear;
 
 static int64_t blocks_of_matrix(int64_t n, int64_t k) { return (n + STRIP - 1) / STRIP * ((k + BLOCK - 1) / BLOCK); }
 

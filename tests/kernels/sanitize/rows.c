@@ -1,12 +1,6 @@
 /* Norms, gates and rotations of rows that fill no vector. */
 #include "cases.h"
-
-int32_t loraplex_rms_norm(int32_t, int32_t, float *y, const float *x, const float *weight, int64_t rows, int64_t width,
-                          float epsilon);
-int32_t loraplex_gate(int32_t, int32_t, float *y, const float *gate, int64_t gate_stride, const float *up,
-                      int64_t up_stride, int64_t rows, int64_t width, int64_t kind);
-int32_t loraplex_rotate(int32_t, int32_t, float *y, const float *x, int64_t row_stride, int64_t head_stride,
-                        const float *cos, const float *sin, int64_t rows, int64_t heads, int64_t width);
+#include "functions.h"
 
 static void norm_case(int32_t isa, int64_t rows, int64_t width) {
     float *x = floats(rows * width), *weight = floats(width), *y = malloc(rows * width * sizeof(float));
