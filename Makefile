@@ -106,10 +106,10 @@ build/site/.installed: $(wildcard build/wheels/*.whl)
 	  --no-cache-dir --disable-pip-version-check --target build/site build/wheels/*.whl; fi
 	@touch $@
 
-gpu-check: build/site/.installed  ## on a machine with an NVIDIA GPU: kernels, graphs, engine and server; under 5 minutes
+gpu-check: build/site/.installed  ## on a machine with an NVIDIA GPU: kernels, graphs, engine and server; 7 minutes at most
 	@$(GPU_RUN) -m tests.gpu.check
 
-gpu-bench: build/site/.installed  ## on a machine with an NVIDIA GPU: its speed beside its floors; about 5 minutes
+gpu-bench: build/site/.installed  ## on a machine with an NVIDIA GPU: its speed beside its floors; meant for 5 minutes
 	@$(GPU_RUN) -m tests.bench.gpu; code=$$?; \
 	if [ -n "$$OUT" ]; then cp loadtests/results/*-bench.jsonl "$$OUT"; fi; exit $$code
 
