@@ -66,6 +66,8 @@ class Step:
     def ours(self, workspace=None, *, room=None, fixed=False, **asked):
         workspace = workspace or Workspace(torch.get_default_device())
         plan = self.plan(room=room, fixed=fixed)
+        if asked.get("sinks") is not None:
+            asked["sinks"] = asked["sinks"].to(self.q.device)
         out = kernel.attention(self.q, self.k, self.v, plan, workspace, **(self.plain | asked), fixed=fixed)
         workspace.check()
         return out
