@@ -7,6 +7,7 @@ Knows nothing of text or HTTP.
 from __future__ import annotations
 
 import time
+from array import array
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -177,7 +178,7 @@ class Sequence:
     generation: str | None
     tokens: list[int]
     computed: int = 0  # tokens whose keys and values are in the cache
-    blocks: list[int] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("i"))  # int32, as a step's tables are
     hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were asked for
     remembered: int = 0  # full blocks that others may take up
     arrived: float = field(default_factory=time.perf_counter)

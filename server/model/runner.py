@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.segments import Segment, Span, Spans
+from kernels.segments import AnySpans, Segment, Spans
 from server.model.context import ForwardContext, forward_context
 from server.model.kv_cache import PADDING_BLOCK, KVCache
 from server.model.servable import ServableModel
@@ -27,7 +27,7 @@ class StepInputs:
     positions: NDArray[np.int64]  # [rows] place in the text, for rotary embeddings
     kv_index: NDArray[np.int64]  # [rows] place in the cache
     logits_rows: NDArray[np.int64]  # [wanted] rows whose logits are asked for
-    spans: tuple[Span, ...]
+    spans: AnySpans
     segments: Mapping[str, tuple[Segment, ...]]
 
 

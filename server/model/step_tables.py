@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.plans import AttentionPlan, DeltaPlan
-from kernels.segments import Segment
+from kernels.segments import FlatSpans, Segment
 from server.model.context import StepPlans
 from server.model.kv_cache import PADDING_BLOCK
 from server.model.runner import StepInputs
@@ -62,7 +62,7 @@ class StepLayout:
             rows=len(inputs.token_ids),
             wanted=len(inputs.logits_rows),
             most_pages={g: max(len(s.pages) for s in segments) for g, segments in inputs.segments.items() if segments},
-            most_blocks=sum(len(span.blocks) for span in inputs.spans),
+            most_blocks=len(FlatSpans.of(inputs.spans).blocks),
             block_size=block_size,
             queries=AttentionPlan.tile_queries(group, longest, fixed=fixed),
             fixed=fixed,

@@ -6,6 +6,7 @@ is timed.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -140,7 +141,7 @@ class Engine:
         batch = []
         for number, adapter in enumerate(sorted(adapters, key=lambda a: -1 if a is None else a)):
             tokens = draw.integers(3, self.servable.vocab_size, context).tolist()
-            blocks = list(range(1 + number * each, 1 + (number + 1) * each))
+            blocks = array("i", range(1 + number * each, 1 + (number + 1) * each))
             generation = None if adapter is None else str(adapter)
             running = Running(f"s{number}", context, Sampling(64, temperature=0), generation, tokens)
             running.blocks, running.computed = blocks, context - 1
