@@ -208,6 +208,11 @@ class Sequence:
         last = self.prompt_length - 1
         return last if self.sampling.prompt_logprobs is None else min(last, len(self.prompt_logprobs))
 
+    @property
+    def ends(self) -> bool:
+        """Whether it ends with the token that is drawn next, whichever that is."""
+        return self.output_length + 1 >= self.sampling.max_tokens
+
     def prompt_ids(self) -> NDArray[np.int64]:
         """The distinct tokens of the prompt, in order of their ids."""
         if self._prompt_ids is None:

@@ -21,7 +21,7 @@ from server.model.servable import ServableModel
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """The flattened rows of one step."""
+    """The flattened rows of one step; what is prepared beforehand gets its token ids last."""
 
     token_ids: NDArray[np.int64]  # [rows]
     positions: NDArray[np.int64]  # [rows] place in the text, for rotary embeddings
@@ -39,6 +39,10 @@ class Runner:
         self.device = servable.device
         self.cache = cache
         self.kernels = servable.kernels
+
+    def prepare(self, inputs: StepInputs) -> bool:
+        """Nothing can be done for a step before its time: whoever computes it is who would prepare it."""
+        return False
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> Tensor:  # [wanted, vocabulary] float32
