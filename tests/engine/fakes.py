@@ -96,11 +96,12 @@ class FakeRunner:
         self.steps = []  # the rows of every step that did not raise
         self._written = None, None
         self.prepared = 0  # steps that were written beforehand
+        self.launches = True
 
     def prepare(self, inputs):
         """As on a device: all but the token ids is written now, and `forward` sends what was written."""
         self._written = inputs, deepcopy(inputs)
-        return True
+        return self.launches
 
     def forward(self, inputs):
         self.entered.set()
