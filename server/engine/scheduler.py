@@ -186,14 +186,10 @@ class Scheduler:
         size = self.limits.block_size
         if not batch or len(batch) != len(self.running):
             return False
-        for item in batch:
-            sequence = item.sequence
-            if (
-                len(sequence.tokens) - sequence.computed != 1
-                or sequence.computed >= len(sequence.blocks) * size
-            ):
-                return False
-        return True
+        return all(
+            len(each.tokens) - each.computed == 1 and each.computed < len(each.blocks) * size
+            for each in [item.sequence for item in batch]
+        )
 
     def _take_blocks(self, sequences: list[Sequence]) -> bool:
         """Blocks for the token after the one that is being drawn: for all, or for none."""

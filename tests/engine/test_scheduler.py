@@ -49,6 +49,28 @@ def test_prompts_are_cut_at_multiples_of_the_chunk():
     assert scheduled(parts) == [("long", 1), ("short", 1)]
 
 
+def foreseen(parts):
+    """As `scheduled`, and the step after it is foreseen."""
+    batch = parts.scheduler.schedule()
+    found = [item.sequence.request_id for item in parts.scheduler.foresee(batch)]
+    return scheduled(parts), found
+
+
+def test_a_step_that_was_foreseen_long_ago_is_not_taken_for_the_next():
+    parts = Parts([], tokens=16, chunk=8, blocks=20)
+    add(parts, sequence(range(6), name="first", max_tokens=99, prompt_logprobs=0))
+    assert foreseen(parts) == ([("first", 6)], ["first"])
+    add(parts, sequence(range(9, 12), name="second", max_tokens=99))
+    assert scheduled(parts) == [("first", 1), ("second", 3)]
+    assert scheduled(parts) == [("first", 1), ("second", 1)], "as many as were running when it was foreseen"
+    parts.scheduler.retire(parts.scheduler.find("second"))
+    (first,) = parts.scheduler.running
+    for _ in range(9):
+        assert scheduled(parts) == [("first", 1)], "without a block for it"
+    parts.scheduler._preempt(first)
+    assert [scheduled(parts), scheduled(parts)] == [[("first", 16)], [("first", 2)]], "it begins anew"
+
+
 def test_decodes_come_before_prompts():
     parts = Parts([], tokens=16, chunk=8)
     add(parts, sequence(range(16), name="first"))
