@@ -251,7 +251,8 @@ class Engine:
             logger.exception("the engine stopped on an error it could not contain")
         finally:
             self._stopped = True
-            self._tell()
+            with suppress(Exception):  # what was drawn before; the streams' end must not depend on it
+                self._tell()
             error = EngineDeadError("the engine has stopped")
             self._streams.deliver([Failed(request_id, error) for request_id in self._streams.ids()])
 
@@ -312,6 +313,12 @@ class Engine:
             self._run(batch[:half])
             self._run(batch[half:])
             return
+        self._settle(batch, drawing, drawn, token_ids)
+
+    def _settle(
+        self, batch: list[Scheduled], drawing: list[Sequence], drawn: Drawn, token_ids: list[int]
+    ) -> None:
+        """What a step has computed is the sequences' own; to be told later."""
         ends: dict[Sequence, Event] = {}
         if len(token_ids) > len(drawing):
             broken = _keep_prompt_logprobs(batch, drawn.picks()[len(drawing) :])

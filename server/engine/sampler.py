@@ -46,7 +46,7 @@ class Known:
     top: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Drawn:
     """A step's tokens and logprobs on their way to the host: packed, and the event after which they are there."""
 
@@ -54,12 +54,15 @@ class Drawn:
     arrived: cuda.Event | None
     tops: list[int | None]  # of each row, how many of the likeliest were asked for
     most: int
+    _token_ids: list[int] | None = None
 
     def token_ids(self) -> list[int]:
         """Each row's token, or -1. A step's one wait; who waits holds no lock of Python's, so that others go on."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.host[: len(self.tops)].long().tolist()
+        if self._token_ids is None:
+            if self.arrived is not None:
+                self.arrived.synchronize()
+            self._token_ids = self.host[: len(self.tops)].long().tolist()
+        return self._token_ids
 
     def picks(self) -> list[Pick | None]:
         """Each row's token and logprobs; None where its logits are not numbers or every token is forbidden."""

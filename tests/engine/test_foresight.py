@@ -4,9 +4,11 @@ import asyncio
 import threading
 
 import pytest
+import torch
 
 from server.engine.engine import Engine
 from server.engine.sequence import Abort, Forget, Token
+from server.errors import EngineDeadError
 from tests.engine.fakes import BLOCK, Bench, Parts, make_adapter, read, submit
 
 ADAPTERS = [make_adapter("a"), make_adapter("b", 20), make_adapter("c")]
@@ -207,6 +209,30 @@ def test_tokens_are_told_before_a_step_that_takes_the_host_its_time(launches):
         bench.runner.launches, bench.runner.forward = launches, second_is_held
         asyncio.run(asyncio.wait_for(scene(bench), PATIENCE))
     bench.assert_nothing_is_held()
+
+
+def test_a_fatal_error_comes_after_the_tokens_before_it():
+    """They were drawn, and wait to be told when the next step is under way; the device that dies does not take them."""
+
+    async def scene(bench, asked):
+        stream = bench.engine.stream(asked)
+        found = [(await anext(stream)).token_id for _ in range(5)]
+        with pytest.raises(EngineDeadError):
+            await anext(stream)
+        return found
+
+    asked = submit("one", max_tokens=20)
+    with Bench(ADAPTERS) as bench:
+        whole, forward = bench.solo(asked), bench.runner.forward
+
+        def dies(inputs):
+            if len(bench.runner.steps) == 5:
+                raise torch.AcceleratorError("illegal address")
+            return forward(inputs)
+
+        bench.runner.forward = dies
+        found = asyncio.run(asyncio.wait_for(scene(bench, asked), PATIENCE))
+    assert found == whole[:5]
 
 
 def test_streams_under_way_are_foreseen_and_read_as_if_alone():
