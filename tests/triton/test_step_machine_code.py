@@ -67,13 +67,19 @@ def norm(capability: int) -> Request:
     return Request("kernels.rows:_rms_norm_kernel", arguments, constants, 4, 3, capability)
 
 
-def heads(capability: int) -> Request:
-    arguments = dict.fromkeys(("y", "q", "k", "v", "k_cache", "v_cache", "cos", "sin"), "*bf16")
-    arguments |= dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head"), "i32:16")
-    constants = {"Q_HEADS": 32, "KV_HEADS": 8, "WIDTH": 128, "V_WIDTH": 128, "HALF_ROOM": 64, "V_ROOM": 128}
-    return Request(
-        "kernels.rows:_heads_kernel", arguments | {"kv_index": "*i64"}, constants, 1, 3, capability
+def heads(capability: int, q_heads: int = 32, kv_heads: int = 8) -> Request:
+    """Of a rotation and write; without queries of a write alone, without keys of a rotation alone."""
+    absent = (() if q_heads else ("y", "q", "cos", "sin")) + (
+        () if kv_heads else ("k", "v", "k_cache", "v_cache")
     )
+    names = ("y", "q", "k", "v", "k_cache", "v_cache", "cos", "sin")
+    arguments = dict.fromkeys((name for name in names if name not in absent), "*bf16")
+    arguments |= dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head"), "i32:16")
+    arguments |= {"kv_index": "*i64"} if kv_heads else {}
+    constants = dict.fromkeys((*absent, *(() if kv_heads else ("kv_index",))))
+    constants |= {"Q_HEADS": q_heads, "KV_HEADS": kv_heads, "WIDTH": 128, "V_WIDTH": 128}
+    constants |= {"HALF_ROOM": 64, "V_ROOM": 128}
+    return Request("kernels.rows:_heads_kernel", arguments, constants, 1, 3, capability)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ def compiled() -> Compiled:
     for case in ATTENTIONS:
         requests["attention", *case] = attention(*case)
     requests["norm", 90], requests["heads", 90] = norm(90), heads(90)
+    requests["write", 90], requests["rotate", 90] = heads(90, q_heads=0), heads(90, kv_heads=0)
     return Compiled(requests, dict(zip(requests, machine_code(list(requests.values())), strict=True)))
 
 
