@@ -26,7 +26,6 @@ ROOT = Path(__file__).parents[2]
 # What is tested, and by how many processes: Triton compiles a kernel for each shape, one at a time in each.
 TESTS = {
     "products": (("tests/gpu/test_nf4.py", "tests/gpu/test_products.py"), 5),
-    "overlap": (("tests/gpu/test_overlap.py",), 1),
     "kernels": (("tests/triton",), 5),
     "steps": (("tests/gpu/test_steps.py",), 3),
     "engine": (("tests/gpu/test_cuda.py",), 4),
