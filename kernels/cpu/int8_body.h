@@ -9,11 +9,11 @@
 #if ISA == ISA_AVX512
 #define INT8_TARGET \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
-#define IVEC __m512i
-#define iload(from) _mm512_loadu_si512(from)
-#define iset1(value) _mm512_set1_epi32(value)
-#define idot(sum, w, x) _mm512_dpbusd_epi32(sum, w, x)
-#define ifloat(v) _mm512_cvtepi32_ps(v)
+#define IVEC __v16si
+#define iload(from) (__v16si)_mm512_loadu_si512(from)
+#define iset1(value) (__v16si)_mm512_set1_epi32(value)
+#define idot(sum, w, x) (__v16si)_mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(w), (__m512i)(x))
+#define ifloat(v) _mm512_cvtepi32_ps((__m512i)(v))
 #elif ISA == ISA_AVX2
 #define INT8_TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
 #define IVEC __m256i
@@ -38,6 +38,42 @@ static inline portable_ints portable_dot(portable_ints sum, portable_ints w, por
 #define idot(sum, w, x) portable_dot(sum, w, x)
 #define ifloat(v) __builtin_convertvector(v, portable_vec)
 #endif
+
+#define BYTES VECTOR_JOIN(bytes, ISA_NAME)
+typedef int8_t BYTES __attribute__((vector_size(LANES)));
+
+/* One row of x [rows, k], k a multiple of BLOCK, to its places in [blocks, rows]. Adding 1.5 * 2^23 rounds a float: its lowest
+ * byte is then the integer. What is not finite makes the scale NaN, and so the row's results. */
+static INT8_TARGET void NAME(round_row)(const float *x, int64_t row, int64_t rows, int64_t k, void *out) {
+    const VEC shift = vset1(12582912.0f);
+    const BITS magnitude = (BITS){0} | INT32_MAX;
+    for (int64_t b = 0; b < k / BLOCK; b++, x += BLOCK) {
+        int8_row *to = (int8_row *)out + b * rows + row;
+        VEC high = vzero(), poison = vzero();
+        for (int i = 0; i < BLOCK; i += LANES) {
+            const VEC v = vload(x + row * k + i);
+            high = vmax(high, (VEC)((BITS)v & magnitude));
+            poison = vfma(v, vzero(), poison);
+        }
+        const float largest = NAME(vhighest)(high), unknown = NAME(vsum)(poison);
+        if (unknown != 0) {
+            *to = (int8_row){.scale = unknown};
+            continue;
+        }
+        const VEC factor = vset1(largest < LEAST_SCALE ? 0 : 127 / largest);
+        BITS sums = {0};
+        for (int i = 0; i < BLOCK; i += LANES) {
+            const VEC v = vadd(vmul(vload(x + row * k + i), factor), shift);
+            const BYTES bytes = __builtin_convertvector((BITS)v, BYTES);
+            memcpy(to->values + i, &bytes, sizeof bytes);
+            sums += (BITS)v - (BITS)shift;
+        }
+        int32_t sum = 0;
+        for (int i = 0; i < LANES; i++) sum += sums[i];
+        to->scale = largest / (127 * 127);
+        to->start = -128 * sum;
+    }
+}
 
 /* Dwords of codes to dwords of values plus 128: [BLOCK / 4][STRIP], four columns each. */
 static INT8_TARGET void NAME(int8_unpack)(const uint8_t *codes, uint8_t *w) {
@@ -119,6 +155,7 @@ static INT8_TARGET void NAME(int8_strip)(const void *x, int64_t all_rows, int64_
 }
 
 #undef INT8_TARGET
+#undef BYTES
 #undef IVEC
 #undef iload
 #undef iset1
