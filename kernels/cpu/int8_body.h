@@ -75,18 +75,23 @@ static INT8_TARGET void NAME(round_row)(const float *x, int64_t row, int64_t row
     }
 }
 
-/* Dwords of codes to dwords of values plus 128: [BLOCK / 4][STRIP], four columns each. */
-static INT8_TARGET void NAME(int8_unpack)(const uint8_t *codes, uint8_t *w) {
+/* Vector v of the weights of columns 4g .. 4g + 3, plus 128. Where the look-up has ports of its own beside the dot product's,
+ * codes are looked up as they are read, for every tile again; else once for all tiles, into [BLOCK / 4][STRIP] dwords. */
 #if ISA == ISA_AVX512
-    const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)INT8_VALUES)), low = _mm512_set1_epi8(15);
-    for (int at = 0; at < NF4_CODES; at += 64) {
-        const int64_t to = at / (STRIP * 4) * (STRIP * 8) + at % (STRIP * 4);
-        const __m512i both = _mm512_loadu_si512(codes + at);
-        _mm512_storeu_si512(w + to, _mm512_shuffle_epi8(values, _mm512_and_si512(both, low)));
-        _mm512_storeu_si512(w + to + STRIP * 4,
-                            _mm512_shuffle_epi8(values, _mm512_and_si512(_mm512_srli_epi16(both, 4), low)));
-    }
-#elif ISA == ISA_AVX2
+static inline INT8_TARGET IVEC NAME(int8_weights)(const uint8_t *codes, int64_t g, int64_t v) {
+    const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)INT8_VALUES));
+    const __m512i pairs = _mm512_loadu_si512(codes + (g / 2 * STRIP + v * LANES) * 4);
+    const __m512i low = _mm512_and_si512(g % 2 ? _mm512_srli_epi16(pairs, 4) : pairs, _mm512_set1_epi8(15));
+    return (IVEC)_mm512_shuffle_epi8(values, low);
+}
+#define WEIGHTS(codes, w) ((void)(w), (codes))
+#else
+static inline INT8_TARGET IVEC NAME(int8_weights)(const uint8_t *w, int64_t g, int64_t v) {
+    return iload(w + (g * STRIP + v * LANES) * 4);
+}
+
+static INT8_TARGET const uint8_t *NAME(int8_unpack)(const uint8_t *codes, uint8_t *w) {
+#if ISA == ISA_AVX2
     const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)INT8_VALUES)), low = _mm256_set1_epi8(15);
     for (int at = 0; at < NF4_CODES; at += 32) {
         uint8_t *to = w + at / (STRIP * 4) * (STRIP * 8) + at % (STRIP * 4);
@@ -102,7 +107,10 @@ static INT8_TARGET void NAME(int8_unpack)(const uint8_t *codes, uint8_t *w) {
         to[STRIP * 4] = INT8_VALUES[codes[at] >> 4];
     }
 #endif
+    return w;
 }
+#define WEIGHTS(codes, w) NAME(int8_unpack)(codes, w)
+#endif
 
 #define DEFINE_INT8_TILE(ROWS, WIDE) \
     static inline INT8_TARGET void NAME(int8_tile_##ROWS)(const int8_row *x, const uint8_t *w, const float *scale, float *y) { \
@@ -110,9 +118,9 @@ static INT8_TARGET void NAME(int8_unpack)(const uint8_t *codes, uint8_t *w) {
             IVEC sums[ROWS][WIDE]; \
             _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) \
                 _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) sums[r][v] = iset1(x[r].start); \
-            for (int g = 0; g < BLOCK / 4; g++) { \
+            _Pragma("GCC unroll 2") for (int g = 0; g < BLOCK / 4; g++) { \
                 IVEC weights[WIDE]; \
-                _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) weights[v] = iload(w + (g * STRIP + v * LANES) * 4); \
+                _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) weights[v] = NAME(int8_weights)(w, g, v); \
                 _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) { \
                     const IVEC values = iset1(x[r].dwords[g]); \
                     _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) \
@@ -140,12 +148,12 @@ static INT8_TARGET void NAME(int8_tile)(int64_t rows, const int8_row *x, const u
 
 static INT8_TARGET void NAME(int8_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
                                          float *y) {
-    _Alignas(64) uint8_t w[BLOCK * STRIP];
+    _Alignas(64) uint8_t unpacked[BLOCK * STRIP];
     for (int64_t b = 0; b < blocks; b++) {
         const uint8_t *codes = strip + b * NF4_BYTES;
         const int8_row *values = (const int8_row *)x + b * all_rows;
         ask_ahead(codes, NF4_BYTES);
-        NAME(int8_unpack)(codes, w);
+        const uint8_t *w = WEIGHTS(codes, unpacked);
         int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
         for (int64_t first = 0, count; first < rows; first += count, tiles--) {
             count = (rows - first + tiles - 1) / tiles;
@@ -155,6 +163,7 @@ static INT8_TARGET void NAME(int8_strip)(const void *x, int64_t all_rows, int64_
 }
 
 #undef INT8_TARGET
+#undef WEIGHTS
 #undef BYTES
 #undef IVEC
 #undef iload
