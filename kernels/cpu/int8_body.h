@@ -112,22 +112,22 @@ static INT8_TARGET const uint8_t *NAME(int8_unpack)(const uint8_t *codes, uint8_
 #define WEIGHTS(codes, w) NAME(int8_unpack)(codes, w)
 #endif
 
-#define DEFINE_INT8_TILE(ROWS, WIDE) \
-    static inline INT8_TARGET void NAME(int8_tile_##ROWS)(const int8_row *x, const uint8_t *w, const float *scale, float *y) { \
+#define DEFINE_INT8_TILE(KIND, ROWS, WIDE) \
+    static inline INT8_TARGET void NAME(KIND##_tile_##ROWS)(const int8_row *x, const uint8_t *w, const float *scale, float *y) { \
         for (int first = 0; first < VECTORS; first += WIDE, w += WIDE * LANES * 4, scale += WIDE * LANES, y += WIDE * LANES) { \
             IVEC sums[ROWS][WIDE]; \
-            _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) \
+            _Pragma("GCC unroll 12") for (int r = 0; r < ROWS; r++) \
                 _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) sums[r][v] = iset1(x[r].start); \
             _Pragma("GCC unroll 2") for (int g = 0; g < BLOCK / 4; g++) { \
                 IVEC weights[WIDE]; \
                 _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) weights[v] = NAME(int8_weights)(w, g, v); \
-                _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) { \
+                _Pragma("GCC unroll 12") for (int r = 0; r < ROWS; r++) { \
                     const IVEC values = iset1(x[r].dwords[g]); \
                     _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) \
                         sums[r][v] = idot(sums[r][v], weights[v], values); \
                 } \
             } \
-            _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) \
+            _Pragma("GCC unroll 12") for (int r = 0; r < ROWS; r++) \
                 _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) { \
                     float *to = y + r * STRIP + v * LANES; \
                     const VEC sum = vmul(ifloat(sums[r][v]), vset1(x[r].scale)); \
@@ -135,15 +135,15 @@ static INT8_TARGET const uint8_t *NAME(int8_unpack)(const uint8_t *codes, uint8_
                 } \
         } \
     }
-TILES(DEFINE_INT8_TILE)
+LOW_TILES(DEFINE_INT8_TILE, int8)
 
 static INT8_TARGET void NAME(int8_tile)(int64_t rows, const int8_row *x, const uint8_t *w, const float *scale, float *y) {
-#define RUN_TILE(ROWS, WIDE) \
+#define RUN_INT8_TILE(KIND, ROWS, WIDE) \
     case ROWS: \
         NAME(int8_tile_##ROWS)(x, w, scale, y); \
         break;
-    switch (rows) { TILES(RUN_TILE) }
-#undef RUN_TILE
+    switch (rows) { LOW_TILES(RUN_INT8_TILE, int8) }
+#undef RUN_INT8_TILE
 }
 
 static INT8_TARGET void NAME(int8_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
@@ -154,7 +154,7 @@ static INT8_TARGET void NAME(int8_strip)(const void *x, int64_t all_rows, int64_
         const int8_row *values = (const int8_row *)x + b * all_rows;
         ask_ahead(codes, NF4_BYTES);
         const uint8_t *w = WEIGHTS(codes, unpacked);
-        int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+        int64_t tiles = (rows + LOW_ROWS - 1) / LOW_ROWS;
         for (int64_t first = 0, count; first < rows; first += count, tiles--) {
             count = (rows - first + tiles - 1) / tiles;
             NAME(int8_tile)(count, values + first, w, (const float *)(codes + NF4_CODES), y + first * STRIP);
@@ -171,6 +171,12 @@ static INT8_TARGET void NAME(int8_strip)(const void *x, int64_t all_rows, int64_
 #undef idot
 #undef ifloat
 #undef DEFINE_INT8_TILE
-#undef TILES
-#undef TILE_ROWS
+#undef DEFINE_TILE
+#undef DEFINE_BLOCK
+#undef RUN_TILE
+#undef COLUMNS
+#undef LOW_TILES
+#undef LOW_ROWS
+#undef HIGH_TILES
+#undef HIGH_ROWS
 #undef VECTORS
