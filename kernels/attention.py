@@ -26,11 +26,12 @@ RECORD = tl.constexpr(plans.ATTENTION_RECORD)
 # a maximum to start from: finite, so that a tile of hidden keys adds exact zeros
 _FAR_BELOW = tl.constexpr(-1e30)
 
-_FILL = 512  # programs that keep a large GPU busy: where there are fewer tiles, keys are shared out
+_FILL = 256  # programs that keep a large GPU busy: where there are fewer tiles, keys are shared out
 _MOST_SPLITS = 64
 _LEAST_PART = tl.constexpr(128)  # keys that are worth a program
 # by width of a head, up to: keys of one turn of the loop, warps, turns in flight; so that no kernel spills
 _TURNS = {64: (128, 4, 3), 128: (64, 4, 3), 256: (32, 8, 2), 512: (32, 8, 2)}
+_LOW_TURNS = _TURNS | {128: (128, 4, 2)}  # of tiles of 16 rows
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -270,7 +271,8 @@ def attention(
     programs = kv_heads * -(-group // tile_heads)
     splits = _splits(plan.tiles * programs)
     k_room, v_room = (max(16, triton.next_power_of_2(width)) for width in (k_width, v_width))
-    keys, warps, stages = turns(k_room, v_room, q.dtype.itemsize)
+    height = plans.TILE_HEIGHT if fixed or plan.queries * tile_heads > 16 else 16
+    keys, warps, stages = turns(height, k_room, v_room, q.dtype.itemsize)
     lines = (plan.lines if fixed else plan.tiles * splits * plan.queries) * programs * tile_heads
     _attention_kernel[(plan.tiles, programs, splits)](
         out,
@@ -289,7 +291,7 @@ def attention(
         GROUP=group,
         HEADS=tile_heads,
         QUERIES=plan.queries,
-        HEIGHT=plans.TILE_HEIGHT if fixed or plan.queries * tile_heads > 16 else 16,
+        HEIGHT=height,
         K_WIDTH=k_width,
         V_WIDTH=v_width,
         K_ROOM=k_room,
@@ -307,9 +309,9 @@ def attention(
     return out
 
 
-def turns(k_room: int, v_room: int, itemsize: int) -> tuple[int, int, int]:
+def turns(height: int, k_room: int, v_room: int, itemsize: int) -> tuple[int, int, int]:
     """Keys of one turn of the loop, warps and turns in flight, for heads of so many numbers of so many bytes."""
-    return _TURNS[max(64, k_room, v_room) if itemsize == 2 else 256]
+    return (_LOW_TURNS if height == 16 else _TURNS)[max(64, k_room, v_room) if itemsize == 2 else 256]
 
 
 def _splits(programs: int) -> int:

@@ -1,8 +1,8 @@
 """How big the tiles of an NF4 product are: by the weight's shape, the number of rows and the chip; nothing at run time.
 
-No entry was measured on a GPU. Tile sizes, warps and stages come from the machine code that Triton 3.6 makes of the
-kernel for sm_80 and sm_90 (instructions per weight, registers, no spills; docs/kernels.md has the table); splits are
-calculated from how evenly the programs share the chip's processors.
+Hopper's come from timing 515 of them on an H200 for the four weights of a Llama of 8 billion, and their splits from
+timing one to sixteen (`python -m tests.bench.gpu_tiles` times them again). Ampere's and Ada's were measured on no GPU:
+they are what Triton 3.6 compiles to few instructions per weight without spills (docs/kernels.md has both).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kernels.lookup import Lookup
 
 BLOCK = 64  # weights that share an absmax, along k
 FIXED_ROWS = 64  # with fixed tiles every product is made as one of so many rows
-CROSSOVER_ROWS = 256  # beyond, the weight is dequantized once and multiplied by cuBLAS
+CROSSOVER_ROWS = 128  # beyond, the weight is dequantized once and multiplied by cuBLAS
 
 Order = Literal["split", "join"]
 
@@ -37,15 +37,16 @@ class Tile:
     stages: int
     order: Order
     lookup: Lookup = "shuffle"
+    plenty: float = 1.9  # programs for each processor of the chip that keep it loading and computing
     splits: int = 1  # of k: each a program of its own, summed in their order by the last to end
 
 
-# By the rows that a bucket holds at most. The source of each is the machine code, see above.
+# By the rows that a bucket holds at most.
 _TILES: dict[int, dict[int, Tile]] = {
     9: {  # Hopper: wgmma from 64 rows on
-        16: Tile(16, 128, 2, 4, 4, "split"),
-        32: Tile(32, 128, 2, 4, 3, "split"),
-        64: Tile(64, 128, 1, 4, 4, "join"),
+        16: Tile(16, 64, 2, 2, 4, "split", "mixed", 3.5),
+        32: Tile(32, 64, 1, 2, 6, "split", "mixed", 3.5),
+        64: Tile(64, 128, 1, 4, 3, "join", "mixed", 1.0),
     },
     8: {  # Ampere, Ada: mma.sync whatever the rows
         16: Tile(16, 128, 2, 4, 4, "split"),
@@ -59,10 +60,6 @@ BUCKETS = tuple(_TILES[9])
 _PROCESSORS = {(8, 0): 108, (8, 6): 72, (8, 9): 142, (9, 0): 132}
 _MOST_SPLITS = 16
 _LEAST_TURNS = 2  # of the loop in a split: its loads are then all under way before the first product
-_PLENTY = 1.9  # programs per processor that keep enough bytes in flight: 23 KB for 4.3 TB/s at 700 ns
-_WEIGHT_BYTES = 0.5625  # a code and its share of an absmax
-_ROW_BYTES = 0.0215  # what memory gives while a row meets a weight: 4.3 TB/s, 400 TFLOP/s
-_SUM_BYTES = 4  # a float32 written and read, by an L2 twice as fast as memory
 
 
 def bucket(rows: int) -> int:
@@ -80,21 +77,12 @@ def tile_for(out: int, width: int, rows: int, capability: tuple[int, int]) -> Ti
 
 
 def _splits(tile: Tile, out: int, width: int, rows: int, processors: int) -> int:
-    """The power of two that keeps every processor loading, then that which costs least.
-
-    The cost is the busiest processor's share against the mean, times what the split sums add to the work.
-    """
+    """The fewest, a power of two, that give every processor its programs."""
     turns = width // BLOCK // tile.blocks
-    possible = [1]
-    while possible[-1] < _MOST_SPLITS and turns // (2 * possible[-1]) >= _LEAST_TURNS:
-        possible.append(2 * possible[-1])
-    tall = -(-rows // tile.rows)
-    work = width * max(_WEIGHT_BYTES, _ROW_BYTES * tall * tile.rows)  # of a column
-
-    def cost(splits: int) -> tuple[float, float]:
-        programs = -(-out // tile.columns) * tall * splits
-        uneven = -(-programs // processors) / (programs / processors)
-        sums = _SUM_BYTES * splits * tall * tile.rows if splits > 1 else 0
-        return max(0.0, _PLENTY - programs / processors), uneven * (1 + sums / work)
-
-    return min(possible, key=cost)
+    programs = -(-out // tile.columns) * -(-rows // tile.rows)
+    splits = 1
+    while programs * splits < tile.plenty * processors and splits < _MOST_SPLITS:
+        if turns // (2 * splits) < _LEAST_TURNS:
+            break
+        splits *= 2
+    return splits

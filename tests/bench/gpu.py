@@ -35,7 +35,7 @@ from tests.bench.figures import Figure, Results
 from tests.bench.gpu_contestants import Segments, decode_seconds, looping, peft_seconds
 from tests.bench.gpu_model import LLAMA_8B, TINY, Engine, random_llama
 from tests.bench.gpu_products import ROWS, Linears, all_layers, product_seconds
-from tests.bench.gpu_timing import called, copy_bandwidth, host_bandwidth
+from tests.bench.gpu_timing import called, copy_bandwidth, host_bandwidth, wake
 from tests.bench.gpu_traffic import disturbances
 from tests.bench.random_llama import RANK, Shape
 
@@ -167,6 +167,7 @@ class Bench:
             buckets=plan.batches,
         )
         for part in (self._decode, self._prefill, self._deltas, self._load):
+            wake(self.device)  # by now kernels were compiled and graphs captured, or memory was filled
             part(engine)
 
     def _decode(self, engine: Engine) -> None:
@@ -311,6 +312,7 @@ class Bench:
             try:
                 if began - started > MOST_SECONDS:
                     raise TimeoutError(f"{part.__name__} was not begun: {MOST_SECONDS} s are over")
+                wake(self.device)
                 part()
             except Exception:
                 traceback.print_exc()

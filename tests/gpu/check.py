@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,11 +63,26 @@ def tests() -> dict[str, bool]:
         for name, process in running.items():
             results[name] = _ends_well(process, began + SECONDS)
             said[name].seek(0)
-            print(
-                f"--- {name}, after {time.perf_counter() - began:.0f} s\n{said[name].read()[-6000:]}",
-                flush=True,
-            )
+            text = said[name].read()
+            print(f"--- {name}, after {time.perf_counter() - began:.0f} s", *_what_failed(text), sep="\n")
+            print(text[-6000:], flush=True)
     return results
+
+
+def _what_failed(text: str) -> list[str]:
+    """Of pytest's output: each assertion or error once, below the tests that ended with it; then the failures' list."""
+    ends: dict[str, list[str]] = {}  # a test's title to what it ended with
+    title = ""
+    for line in text.splitlines():
+        if found := re.fullmatch(r"_{2,} (.+) _{2,}", line):
+            title = found[1]
+        elif line.startswith("E  "):
+            ends.setdefault(title, []).append(line[:300])
+    tests_by_end: dict[tuple[str, ...], list[str]] = {}
+    for title, end in ends.items():
+        tests_by_end.setdefault(tuple(end), []).append(title)
+    lines = [line for end, titles in tests_by_end.items() for line in (*titles, *end)]
+    return lines + [line[:300] for line in text.splitlines() if line.startswith(("FAILED ", "ERROR "))]
 
 
 def _start(name: str, output: IO[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
@@ -83,8 +100,12 @@ def _ends_well(process: subprocess.Popen[str], deadline: float) -> bool:
         return process.wait(max(1.0, deadline - time.perf_counter())) == 0
     except subprocess.TimeoutExpired:
         print(f"{' '.join(map(str, process.args))}: not done in time", flush=True)  # type: ignore[arg-type]
-        process.kill()
-        process.wait()
+        process.send_signal(signal.SIGINT)  # at which pytest says what failed so far
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         return False
 
 

@@ -51,10 +51,8 @@ def test_decoding_keeps_every_processor_loading():
         for rows in BUCKETS:
             tile = tile_for(*shape, rows, (9, 0))
             programs = -(-shape[0] // tile.columns) * tile.splits
-            assert programs > 1.9 * 132
-            assert -(-programs // 132) / (programs / 132) < 1.2, (
-                "the busiest processor has a fifth more than the mean"
-            )
+            assert programs >= tile.plenty * 132
+            assert tile.splits == 1 or programs / 2 < tile.plenty * 132, "more sums to add up than needed"
 
 
 def test_an_unknown_chip_of_a_known_kind_has_tiles():

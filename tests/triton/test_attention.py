@@ -66,19 +66,24 @@ class Step:
     def ours(self, workspace=None, *, room=None, fixed=False, **asked):
         workspace = workspace or Workspace(torch.get_default_device())
         plan = self.plan(room=room, fixed=fixed)
-        if asked.get("sinks") is not None:
-            asked["sinks"] = asked["sinks"].to(self.q.device)
-        out = kernel.attention(self.q, self.k, self.v, plan, workspace, **(self.plain | asked), fixed=fixed)
+        out = kernel.attention(self.q, self.k, self.v, plan, workspace, **self._all(asked), fixed=fixed)
         workspace.check()
         return out
 
     def twin(self, **asked):
         spans = Spans(tuple(self.spans), self.block_size, torch.get_default_device())
-        return reference.attention(self.q, self.k, self.v, spans, **(self.plain | asked))
+        return reference.attention(self.q, self.k, self.v, spans, **self._all(asked))
 
     def naive(self, **asked):
         spans = tuple(self.spans)
-        return attention(self.q, self.k, self.v, spans, self.block_size, **(self.plain | asked))
+        return attention(self.q, self.k, self.v, spans, self.block_size, **self._all(asked))
+
+    def _all(self, asked):
+        """What was asked for, and the rest; sinks go where the step is: cases made them before a GPU was chosen."""
+        return {
+            name: value.to(self.q.device) if isinstance(value, torch.Tensor) else value
+            for name, value in (self.plain | asked).items()
+        }
 
 
 @pytest.fixture(autouse=True)

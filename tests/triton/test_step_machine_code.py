@@ -15,10 +15,10 @@ CHIPS = [80, 90]
 HEIGHTS = [16, 64]
 SMALLEST_SHARED = 99 * 1024  # bytes a program may have on the Ampere and Ada chips that have the least
 # rows of a tile, whether programs share its keys, keys of a part at a fixed place
-DECODE, PROMPT, FIXED = (16, True, 0), (32, False, 0), (32, True, 256)
+DECODE, FILLED, PROMPT, FIXED = (16, True, 0), (16, False, 0), (32, False, 0), (32, True, 256)
 ATTENTIONS = [
-    (128, DECODE, 80), (128, PROMPT, 80), (256, DECODE, 80),
-    (64, DECODE, 90), (128, DECODE, 90), (128, PROMPT, 90), (128, FIXED, 90), (256, PROMPT, 90),
+    (128, DECODE, 80), (128, FILLED, 80), (128, PROMPT, 80), (256, DECODE, 80),
+    (64, DECODE, 90), (128, DECODE, 90), (128, FILLED, 90), (128, PROMPT, 90), (128, FIXED, 90), (256, PROMPT, 90),
 ]  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def expand(height: int, capability: int) -> Request:
 
 def attention(width: int, tile: tuple[int, bool, int], capability: int) -> Request:
     height, shared, part = tile
-    keys, warps, stages = turns(width, width, 2)
+    keys, warps, stages = turns(height, width, width, 2)
     arguments = dict.fromkeys(("out", "q", "k_cache", "v_cache"), "*bf16")
     arguments |= {"plan": "*i32", "planes": "*fp32", "counters": "*i32", "scale": "fp32", "softcap": "fp32"}
     arguments |= {"q_row": "i32:16", "q_head": "i32:16", "rows": "i32"}
@@ -67,13 +67,19 @@ def norm(capability: int) -> Request:
     return Request("kernels.rows:_rms_norm_kernel", arguments, constants, 4, 3, capability)
 
 
-def heads(capability: int) -> Request:
-    arguments = dict.fromkeys(("y", "q", "k", "v", "k_cache", "v_cache", "cos", "sin"), "*bf16")
-    arguments |= dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head"), "i32:16")
-    constants = {"Q_HEADS": 32, "KV_HEADS": 8, "WIDTH": 128, "V_WIDTH": 128, "HALF_ROOM": 64, "V_ROOM": 128}
-    return Request(
-        "kernels.rows:_heads_kernel", arguments | {"kv_index": "*i64"}, constants, 1, 3, capability
+def heads(capability: int, q_heads: int = 32, kv_heads: int = 8) -> Request:
+    """Of a rotation and write; without queries of a write alone, without keys of a rotation alone."""
+    absent = (() if q_heads else ("y", "q", "cos", "sin")) + (
+        () if kv_heads else ("k", "v", "k_cache", "v_cache")
     )
+    names = ("y", "q", "k", "v", "k_cache", "v_cache", "cos", "sin")
+    arguments = dict.fromkeys((name for name in names if name not in absent), "*bf16")
+    arguments |= dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head"), "i32:16")
+    arguments |= {"kv_index": "*i64"} if kv_heads else {}
+    constants = dict.fromkeys((*absent, *(() if kv_heads else ("kv_index",))))
+    constants |= {"Q_HEADS": q_heads, "KV_HEADS": kv_heads, "WIDTH": 128, "V_WIDTH": 128}
+    constants |= {"HALF_ROOM": 64, "V_ROOM": 128}
+    return Request("kernels.rows:_heads_kernel", arguments, constants, 1, 3, capability)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ def compiled() -> Compiled:
     for case in ATTENTIONS:
         requests["attention", *case] = attention(*case)
     requests["norm", 90], requests["heads", 90] = norm(90), heads(90)
+    requests["write", 90], requests["rotate", 90] = heads(90, q_heads=0), heads(90, kv_heads=0)
     return Compiled(requests, dict(zip(requests, machine_code(list(requests.values())), strict=True)))
 
 
@@ -129,9 +136,9 @@ def test_keys_and_values_are_read_ahead(compiled, width, tile, chip):
     assert sum(loop.values()) * request.warps * 32 / (keys * width) <= {16: 10, 32: 15}[tile[0]]
 
 
-def test_decodes_have_company(compiled):
-    """Three programs or more on a processor of Hopper: enough loads in flight."""
-    for width in (64, 128):
-        machine = compiled.machines["attention", width, DECODE, 90]
-        assert (machine.registers + 7) // 8 * 8 * 128 * 3 <= 65536
-        assert (machine.shared + 1024) * 3 <= 227 * 1024
+@pytest.mark.parametrize(("width", "together"), [(64, 3), (128, 2)])
+def test_decodes_have_company(compiled, width, together):
+    """Several programs on a processor of Hopper, of 128 keys a turn: enough loads in flight."""
+    machine = compiled.machines["attention", width, DECODE, 90]
+    assert (machine.registers + 7) // 8 * 8 * 128 * together <= 65536
+    assert (machine.shared + 1024) * together <= 227 * 1024
