@@ -12,6 +12,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
+
 from adapters.adapter import Adapter
 from adapters.errors import AdapterError
 from adapters.tally import Tally
@@ -37,7 +39,9 @@ class Loader:
         self._read = read
         self._max_bytes = max_bytes
         self._on_ready = on_ready
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="adapter-loader")
+        # One thread each: helpers that a read leaves behind would count as busy with OpenMP, and from then on a step's
+        # helpers would go to sleep between any two products.
+        self._executor = ThreadPoolExecutor(threads, "adapter-loader", torch.set_num_threads, (1,))
         self._lock = threading.Lock()
         self._cached: OrderedDict[str, Adapter] = OrderedDict()
         self._oversize: dict[str, Adapter] = {}

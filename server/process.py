@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import uvicorn
@@ -33,6 +34,13 @@ FAILED, USAGE = 1, 2
 TICK = 0.05  # seconds between looks at the load, the engine and the drain
 STOP_SECONDS = 10.0  # for the engine to leave after its last sequence
 LAST_WORDS_SECONDS = 1.0  # for open streams to say why they end, after a second signal
+
+
+def _compute_alone() -> None:
+    """The calling thread gets no helpers from torch: `adapters/loader.py` says what they would cost."""
+    import torch  # only `serve` needs it, and only on its threads
+
+    torch.set_num_threads(1)
 
 
 class _Server(uvicorn.Server):
@@ -97,6 +105,9 @@ class Life:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
+        loop.set_default_executor(
+            ThreadPoolExecutor(thread_name_prefix="blocking", initializer=_compute_alone)
+        )
         loading = threading.Thread(target=self._load_model, name="load", daemon=True)
         loading.start()
         watching = asyncio.create_task(self._watch(began))

@@ -265,14 +265,14 @@ def load_tokenizer(settings: Settings, chat_template: str | None) -> Tokenizer:
         raise SettingsError(f"--chat-template {settings.chat_template}: {error}") from error
 
 
-def default_threads(servable: ServableModel) -> int | None:
-    """One thread for a model whose products are so short that sharing them costs more than it brings; else torch's own.
+def default_threads(servable: ServableModel) -> int:
+    """One thread for a model whose products are so short that sharing them costs more than it brings; else torch's.
 
     A step is thousands of parallel regions, and each waits for its slowest thread: beside two other busy processes, a
     step of a 5 M parameter model on two threads took more than a second, where one thread alone needs 50 ms.
     """
     weights = sum(site.in_features * site.out_features for site in servable.layout.sites)
-    return 1 if servable.device.type == "cpu" and weights < _SMALL else None
+    return 1 if servable.device.type == "cpu" and weights < _SMALL else torch.get_num_threads()
 
 
 def end_tokens(servable: ServableModel) -> frozenset[int]:

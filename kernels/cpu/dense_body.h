@@ -6,20 +6,31 @@ static TARGET void NAME(f32_strip)(const void *x, int64_t all_rows, int64_t rows
                                    float *y) {
     for (int64_t b = 0; b < blocks; b++) {
         ask_ahead(strip + b * F32_BYTES, F32_BYTES);
-        NAME(block)(rows, (const float *)x + b * all_rows * BLOCK, (const float *)(strip + b * F32_BYTES), ONES, y);
+        NAME(f32_block)(rows, (const float *)x + b * all_rows * BLOCK, strip + b * F32_BYTES, ONES, y);
     }
 }
 
+#if ISA == ISA_AVX512
+static inline TARGET VEC NAME(bf16_weights)(const void *w, int g, int i, int v) {
+    return vload_bf16((const uint16_t *)w + (8 * g + i) * STRIP + v * LANES);
+}
+DEFINE_BLOCK(bf16)
+#else
+static TARGET void NAME(bf16_block)(int64_t rows, const float *x, const uint16_t *halves, const float *scale, float *y) {
+    _Alignas(64) float w[BLOCK * STRIP];
+    for (int i = 0; i < BLOCK * STRIP; i += LANES) vstore(w + i, vload_bf16(halves + i));
+    NAME(f32_block)(rows, x, w, scale, y);
+}
+#endif
+
 static TARGET void NAME(bf16_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
                                     float *y) {
-    _Alignas(64) float w[BLOCK * STRIP];
     for (int64_t b = 0; b < blocks; b++) {
         const uint16_t *halves = (const uint16_t *)(strip + b * BF16_BYTES);
         const float *values = (const float *)x + b * all_rows * BLOCK;
         if (all_rows > 1) {
             ask_ahead(strip + b * BF16_BYTES, BF16_BYTES);
-            for (int i = 0; i < BLOCK * STRIP; i += LANES) vstore(w + i, vload_bf16(halves + i));
-            NAME(block)(rows, values, w, ONES, y);
+            NAME(bf16_block)(rows, values, halves, ONES, y);
             continue;
         }
         VEC sums[VECTORS]; /* a row alone is multiplied as the weights are read, in the same order */

@@ -29,11 +29,14 @@ typedef struct {
     int32_t start;
 } int8_row;
 
+#define LEAST_SCALE 1e-30f /* a block of x below it is zero: 127 over its largest may be more than a float holds */
+
 /* round(127 * NF4_VALUES) + 128. */
 static const uint8_t INT8_VALUES[16] = {1, 40, 61, 78, 92, 105, 116, 128, 138, 148, 159, 171, 184, 199, 220, 255};
 
 #define ISA ISA_PORTABLE
 #include "vector.h"
+#include "vector_math.h"
 #include "tile_body.h"
 #include "nf4_body.h"
 #include "dense_body.h"
@@ -42,6 +45,7 @@ static const uint8_t INT8_VALUES[16] = {1, 40, 61, 78, 92, 105, 116, 128, 138, 1
 #if defined(__x86_64__)
 #define ISA ISA_AVX2
 #include "vector.h"
+#include "vector_math.h"
 #include "tile_body.h"
 #include "nf4_body.h"
 #include "dense_body.h"
@@ -49,6 +53,7 @@ static const uint8_t INT8_VALUES[16] = {1, 40, 61, 78, 92, 105, 116, 128, 138, 1
 #include "vector_end.h"
 #define ISA ISA_AVX512
 #include "vector.h"
+#include "vector_math.h"
 #include "tile_body.h"
 #include "nf4_body.h"
 #include "dense_body.h"
@@ -141,6 +146,7 @@ EXPORT int32_t loraplex_pack_f32(int32_t isa, int32_t threads, const uint32_t *w
 
 /* One row of x [rows, k] to its places in [blocks, rows], so that what a tile reads lies side by side. */
 typedef void (*prepare_fn)(const float *x, int64_t row, int64_t rows, int64_t k, void *out);
+static const prepare_fn round_rows[] = ISA_TABLE(round_row);
 
 static void gather_row(const float *x, int64_t row, int64_t rows, int64_t k, void *out) {
     for (int64_t b = 0; b < blocks_of(k); b++) {
@@ -148,28 +154,6 @@ static void gather_row(const float *x, int64_t row, int64_t rows, int64_t k, voi
         float *to = (float *)out + (b * rows + row) * BLOCK;
         memcpy(to, x + row * k + b * BLOCK, count * sizeof(float));
         memset(to + count, 0, (BLOCK - count) * sizeof(float));
-    }
-}
-
-/* k is a multiple of BLOCK. What is not finite makes the scale NaN, and so the row's results. */
-static void round_row(const float *x, int64_t row, int64_t rows, int64_t k, void *out) {
-    for (int64_t b = 0; b < k / BLOCK; b++) {
-        const float *from = x + row * k + b * BLOCK;
-        int8_row *to = (int8_row *)out + b * rows + row;
-        float largest = 0, poison = 0;
-        for (int i = 0; i < BLOCK; i++) {
-            largest = fmaxf(largest, fabsf(from[i]));
-            poison += from[i] * 0;
-        }
-        const float factor = largest > 0 && poison == 0 ? 127 / largest : 0;
-        int32_t sum = 0;
-        for (int i = 0; i < BLOCK; i++) {
-            const int32_t value = poison == 0 ? (int32_t)lrintf(fminf(127, fmaxf(-127, from[i] * factor))) : 0;
-            to->values[i] = (int8_t)value;
-            sum += value;
-        }
-        to->scale = largest / (127 * 127) + poison;
-        to->start = -128 * sum;
     }
 }
 
@@ -247,7 +231,7 @@ static int32_t multiply(kernel kernel, int32_t threads, const float *x, const ui
         return multiply(chosen, threads, x, packed, bias, y, rows, n, k); \
     }
 DEFINE_LINEAR(nf4, gather_row, BLOCK * sizeof(float), NF4_BYTES) /* k a multiple of 64 */
-DEFINE_LINEAR(int8, round_row, sizeof(int8_row), NF4_BYTES)      /* k a multiple of 64 */
+DEFINE_LINEAR(int8, round_rows[isa], sizeof(int8_row), NF4_BYTES)      /* k a multiple of 64 */
 DEFINE_LINEAR(bf16, gather_row, BLOCK * sizeof(float), BF16_BYTES)
 DEFINE_LINEAR(f32, gather_row, BLOCK * sizeof(float), F32_BYTES)
 

@@ -2,40 +2,39 @@
 
 #if ISA == ISA_AVX512
 
-static inline TARGET void NAME(unpack)(const uint8_t *codes, float *w) {
-    const __m512 values = _mm512_loadu_ps(NF4_VALUES);
-    for (int g = 0; g < BLOCK / 8; g++)
-        for (int half = 0; half < STRIP; half += 16) {
-            const __m512i v = _mm512_loadu_si512(codes + (g * STRIP + half) * 4);
-            float *to = w + g * 8 * STRIP + half;
-            _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
-                vstore(to + i * STRIP, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 8 * i), values));
-                vstore(to + (i + 4) * STRIP, _mm512_permutexvar_ps(_mm512_srli_epi32(v, 8 * i + 4), values));
-            }
-        }
+/* A permutation looks at no more than the lowest four bits of a dword. */
+static inline TARGET VEC NAME(nf4_weights)(const void *codes, int g, int i, int v) {
+    const __m512i dwords = _mm512_loadu_si512((const uint8_t *)codes + (g * STRIP + v * LANES) * 4);
+    const int shift = i < 4 ? 8 * i : 8 * (i - 4) + 4;
+    return _mm512_permutexvar_ps(shift ? _mm512_srli_epi32(dwords, shift) : dwords, _mm512_loadu_ps(NF4_VALUES));
 }
 
-/* One row of x: products straight from the registers that unpacking fills. */
-static TARGET void NAME(nf4_row)(const float *x, const uint8_t *strip, int64_t blocks, float *y) {
-    const __m512 values = _mm512_loadu_ps(NF4_VALUES);
-    VEC totals[2] = {vload(y), vload(y + LANES)};
-    for (int64_t b = 0; b < blocks; b++) {
-        const uint8_t *codes = strip + b * NF4_BYTES;
-        const float *scale = (const float *)(codes + NF4_CODES);
-        VEC sums[2] = {vzero(), vzero()};
-        for (int g = 0; g < BLOCK / 8; g++) {
-            const __m512i dwords[2] = {_mm512_loadu_si512(codes + g * STRIP * 4),
-                                       _mm512_loadu_si512(codes + g * STRIP * 4 + 64)};
-            ask_ahead(codes + g * (NF4_BYTES / 8), NF4_BYTES / 8);
-            _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) {
+DEFINE_BLOCK(nf4)
+
+/* `count` blocks of one row of x at a time: the two sums of one block alone would wait for their own last addition. */
+INLINE void NAME(nf4_row_blocks)(const float *x, const uint8_t *codes, VEC totals[2], const int count) {
+    VEC sums[2][2] = {{vzero(), vzero()}, {vzero(), vzero()}};
+    for (int g = 0; g < BLOCK / 8; g++) {
+        ask_ahead(codes + g * count * (NF4_BYTES / 8), count * NF4_BYTES / 8);
+        _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++)
+            _Pragma("GCC unroll 2") for (int b = 0; b < count; b++) {
                 const VEC value = vset1(x[b * BLOCK + 8 * g + i]);
-                const int shift = i < 4 ? 8 * i : 8 * (i - 4) + 4;
-                for (int v = 0; v < 2; v++)
-                    sums[v] = vfma(_mm512_permutexvar_ps(_mm512_srli_epi32(dwords[v], shift), values), value, sums[v]);
+                _Pragma("GCC unroll 2") for (int v = 0; v < 2; v++)
+                    sums[b][v] = vfma(NAME(nf4_weights)(codes + b * NF4_BYTES, g, i, v), value, sums[b][v]);
             }
-        }
-        for (int v = 0; v < 2; v++) totals[v] = vfma(sums[v], vload(scale + v * LANES), totals[v]);
     }
+    for (int b = 0; b < count; b++) {
+        const float *scale = (const float *)(codes + b * NF4_BYTES + NF4_CODES);
+        for (int v = 0; v < 2; v++) totals[v] = vfma(sums[b][v], vload(scale + v * LANES), totals[v]);
+    }
+}
+
+/* One row of x: products straight from the registers that codes are looked up in. */
+static TARGET void NAME(nf4_row)(const float *x, const uint8_t *strip, int64_t blocks, float *y) {
+    VEC totals[2] = {vload(y), vload(y + LANES)};
+    int64_t b = 0;
+    for (; b + 2 <= blocks; b += 2) NAME(nf4_row_blocks)(x + b * BLOCK, strip + b * NF4_BYTES, totals, 2);
+    if (b < blocks) NAME(nf4_row_blocks)(x + b * BLOCK, strip + b * NF4_BYTES, totals, 1);
     for (int v = 0; v < 2; v++) vstore(y + v * LANES, totals[v]);
 }
 
@@ -130,6 +129,14 @@ static void NAME(unpack)(const uint8_t *codes, float *w) {
 
 #endif
 
+#if ISA != ISA_AVX512
+static TARGET void NAME(nf4_block)(int64_t rows, const float *x, const uint8_t *codes, const float *scale, float *y) {
+    _Alignas(64) float w[BLOCK * STRIP];
+    NAME(unpack)(codes, w);
+    NAME(f32_block)(rows, x, w, scale, y);
+}
+#endif
+
 /* y[r][n] += sum over blocks of scale[n] * (w . x[r]). x: [blocks][all_rows][BLOCK], of which `rows` are taken. */
 static TARGET void NAME(nf4_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
                                    float *y) {
@@ -139,11 +146,9 @@ static TARGET void NAME(nf4_strip)(const void *x, int64_t all_rows, int64_t rows
         return;
     }
 #endif
-    _Alignas(64) float w[BLOCK * STRIP];
     for (int64_t b = 0; b < blocks; b++) {
         const uint8_t *block = strip + b * NF4_BYTES;
         ask_ahead(block, NF4_BYTES);
-        NAME(unpack)(block, w);
-        NAME(block)(rows, (const float *)x + b * all_rows * BLOCK, w, (const float *)(block + NF4_CODES), y);
+        NAME(nf4_block)(rows, (const float *)x + b * all_rows * BLOCK, block, (const float *)(block + NF4_CODES), y);
     }
 }

@@ -10,9 +10,13 @@ from kernels import reference
 @pytest.mark.parametrize("shape", [(64, 64), (3, 128), (5, 13), (7, 9), (1, 2), (130, 66)])
 @pytest.mark.parametrize("block", [64, 128])
 def test_nf4_is_bitsandbytes_format(shape, block):
-    packed, state = bnb.quantize_4bit(torch.randn(shape), blocksize=block, quant_type="nf4")
+    weight = torch.randn(shape)
+    packed, state = bnb.quantize_4bit(weight, blocksize=block, quant_type="nf4")
     got = reference.dequantize_nf4(packed, state.absmax, state.code, shape, block)
-    assert torch.equal(got, bnb.dequantize_4bit(packed, state).view(shape))
+    flat, flat_state = bnb.quantize_4bit(weight.flatten(), blocksize=block, quant_type="nf4")
+    assert torch.equal(packed, flat)
+    # One long row: where a block runs on into the next row, bitsandbytes 0.50 takes the wrong scales on AVX-512.
+    assert torch.equal(got, bnb.dequantize_4bit(flat, flat_state).view(shape))
 
 
 def test_nf4_reads_the_high_nibble_first():
