@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.segments import FlatSegments, FlatSpans, Segment, Span
+from kernels.segments import AnySpans, FlatSegments, FlatSpans, Segment
 
 PAGE_RANK = 16  # rank rows of a page
 GRANULE = 16  # rows between two entries of the list that finds the jobs of a tile of rows
@@ -159,28 +159,21 @@ class AttentionPlan:
         return rows + most_blocks * block_size // PART_KEYS
 
     @staticmethod
-    def fill(out: _Ints, spans: Sequence[Span], rows: int, queries: int) -> tuple[int, int, int]:
+    def fill(out: _Ints, spans: AnySpans, rows: int, queries: int) -> tuple[int, int, int]:
         """Write the plan for tiles of `queries` rows; how many int32, tiles and lines are in use."""
+        flat = FlatSpans.of(spans)
+        tiles, blocks = _cut(_padded(flat.table, rows), queries), flat.blocks
+        start, end, keys, first_block = tiles.T
+        lines = -(-keys // PART_KEYS) * (end - start)
+        records = out[ATTENTION_HEAD : ATTENTION_HEAD + ATTENTION_RECORD * len(tiles)].reshape(len(tiles), -1)
+        records[:, :2] = tiles[:, :2]
+        records[:, 2] = keys - (end - start)
+        records[:, 3] = np.cumsum(lines) - lines
+        records[:, 4] = first_block
+        out[0] = len(tiles)
         blocks_at = ATTENTION_HEAD + rows * ATTENTION_RECORD
-        table, blocks = np.zeros((0, 4), np.int64), np.zeros(0, np.int32)
-        if spans:
-            flat = FlatSpans.of(spans)
-            table, blocks = flat.table, flat.blocks
-        end = int(table[-1, 1]) if spans else 0
-        if end < rows:  # the padding: a span of no keys
-            table = np.concatenate((table, [[end, rows, 0, 0]]))
-        start, end_of, keys, first_block = table.T
-        each = -(-(end_of - start) // queries)
-        span = np.repeat(np.arange(len(table)), each)
-        row = start[span] + (np.arange(len(span)) - np.repeat(np.cumsum(each) - each, each)) * queries
-        ends = np.minimum(row + queries, end_of[span])
-        before = np.where(keys[span] > 0, keys[span] - end_of[span] + row, row - ends)
-        lines = -(-(before + ends - row) // PART_KEYS) * (ends - row)
-        records = np.stack((row, ends, before, np.cumsum(lines) - lines, first_block[span]), axis=1)
-        out[0] = len(records)
-        out[ATTENTION_HEAD : ATTENTION_HEAD + records.size] = records.ravel()
         out[blocks_at : blocks_at + len(blocks)] = blocks
-        return blocks_at + len(blocks), len(records), int(lines.sum())
+        return blocks_at + len(blocks), len(tiles), int(lines.sum())
 
     @classmethod
     def view(
@@ -195,3 +188,22 @@ class AttentionPlan:
     ) -> AttentionPlan:
         """The plan in a device buffer; `tiles` and `lines` as `fill` gave them, or the bucket's most in a graph."""
         return cls(buffer, rows, tiles, lines, queries, block_size)
+
+
+def _padded(spans: NDArray[np.int64], rows: int) -> NDArray[np.int64]:  # [spans, 4]
+    """Up to the last row: those that pad a bucket are a span of no keys."""
+    end = int(spans[-1, 1]) if len(spans) else 0
+    return spans if end == rows else np.concatenate((spans, [[end, rows, 0, 0]]))
+
+
+def _cut(spans: NDArray[np.int64], queries: int) -> NDArray[np.int64]:  # [tiles, 4]
+    """Spans of `queries` rows at most: each sees the keys up to its own last row."""
+    start, end, keys, first_block = spans.T
+    each = -(-(end - start) // queries)
+    if each.max() == 1:
+        return spans
+    span = np.repeat(np.arange(len(spans)), each)
+    row = start[span] + (np.arange(len(span)) - np.repeat(np.cumsum(each) - each, each)) * queries
+    last = np.minimum(row + queries, end[span])
+    seen = np.where(keys[span] > 0, keys[span] - end[span] + last, 0)
+    return np.stack((row, last, seen, first_block[span]), axis=1)

@@ -8,7 +8,7 @@ token of the sequence wrote. Knows nothing of adapters' names or of sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -94,17 +94,40 @@ class FlatSpans:
 
     table: NDArray[np.int64]  # [spans, 4]: start, end, kv_length, first block
     blocks: NDArray[np.int32]
-    addresses: tuple[int, int, int]  # of the table, how many spans, of the blocks
+    addresses: tuple[int, int, int] = field(init=False)  # of the table, how many spans, of the blocks
+
+    def __post_init__(self) -> None:
+        found = (self.table.ctypes.data, len(self.table), self.blocks.ctypes.data)
+        object.__setattr__(self, "addresses", found)
 
     @classmethod
-    def of(cls, spans: Sequence[Span]) -> FlatSpans:
+    def of(cls, spans: AnySpans) -> FlatSpans:
+        """The spans themselves, where they are arrays already."""
+        if isinstance(spans, FlatSpans):
+            return spans
         tables = [np.asarray(span.blocks, np.int32) for span in spans]
-        blocks, first, places = np.concatenate(tables), 0, []
-        for span, held in zip(spans, tables, strict=True):
-            places.append((span.start, span.end, span.kv_length, first))
-            first += len(held)
-        table = np.array(places, np.int64)
-        return cls(table, blocks, (table.ctypes.data, len(places), blocks.ctypes.data))
+        first = np.cumsum([0, *map(len, tables)])
+        places = [
+            (span.start, span.end, span.kv_length, at)
+            for span, at in zip(spans, first.tolist(), strict=False)
+        ]
+        blocks = np.concatenate(tables) if tables else np.zeros(0, np.int32)
+        return cls(np.array(places, np.int64).reshape(-1, 4), blocks)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Span:
+        start, end, length, first = self.table[index].tolist()
+        after = index % len(self.table) + 1
+        last = int(self.table[after, 3]) if after < len(self.table) else len(self.blocks)
+        return Span(start, end, length, self.blocks[first:last])
+
+    def __iter__(self) -> Iterator[Span]:
+        return (self[index] for index in range(len(self.table)))
+
+
+AnySpans = Sequence[Span] | FlatSpans
 
 
 @dataclass(slots=True)
@@ -114,7 +137,7 @@ class Spans:
     The cache has at least `KV_TILE` finite positions past any block, so that a tile may be read whole.
     """
 
-    spans: tuple[Span, ...]
+    spans: AnySpans
     block_size: int
     device: torch.device
     _tiles: dict[tuple[int, int], slice | Tensor] = field(default_factory=dict)
@@ -123,7 +146,7 @@ class Spans:
     @property
     def rows(self) -> int:
         """Rows up to the last of a span; what comes after them only pads the step."""
-        return self.spans[-1].end if self.spans else 0
+        return self.spans[-1].end if len(self.spans) else 0
 
     def flat(self) -> FlatSpans:
         """The spans as arrays, made when first asked for."""

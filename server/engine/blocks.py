@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableSequence, Sequence
 
 import numpy as np
 
 from server.model.kv_cache import PADDING_BLOCK
+
+Table = MutableSequence[int]  # a sequence's block ids, in order
 
 
 def block_hash(before: bytes, tokens: Sequence[int], key: str | None) -> bytes:
@@ -46,7 +48,7 @@ class Blocks:
     def used(self) -> int:
         return len(self._holders)
 
-    def extend(self, table: list[int], count: int) -> bool:
+    def extend(self, table: Table, count: int) -> bool:
         """Append `count` blocks to a block table; False, and nothing changed, when so many are not free."""
         if count > self.free:
             return False
@@ -57,7 +59,7 @@ class Blocks:
             table.append(block)
         return True
 
-    def reuse(self, table: list[int], hashes: Iterable[bytes]) -> int:
+    def reuse(self, table: Table, hashes: Iterable[bytes]) -> int:
         """Append the blocks remembered under the first of `hashes`, up to the first unknown; returns how many."""
         taken = 0
         for each in hashes:
@@ -77,7 +79,7 @@ class Blocks:
             self._block_of[content] = block
             self._hash_of[block] = content
 
-    def release(self, table: list[int]) -> None:
+    def release(self, table: Table) -> None:
         """Let go of a table's blocks and empty it; its end is forgotten before its beginning."""
         for block in reversed(table):
             assert self._holders[block] > 0, "a block was released twice"
@@ -88,9 +90,9 @@ class Blocks:
                     self._idle[block] = None
                 else:
                     self._blank[block] = True
-        table.clear()
+        del table[:]
 
-    def check(self, tables: Iterable[list[int]]) -> None:
+    def check(self, tables: Iterable[Table]) -> None:
         """Assert that every block is blank, idle or held, and held as often as it stands in `tables`."""
         assert Counter(block for table in tables for block in table) == self._holders
         blank = set(np.flatnonzero(self._blank).tolist())

@@ -10,14 +10,15 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
-from server.engine import batch as batches
-from server.engine.sampler import Known, Pick, sample
+from server.engine.batch import Inputs, in_row_order
+from server.engine.sampler import Drawn, Known, Pick, draw
 from server.engine.scheduler import Residency, Scheduled, Scheduler
 from server.engine.sequence import (
     Abort,
@@ -130,6 +131,8 @@ class Engine:
         self._threads = threads
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._streams = Streams()
+        self._inputs = Inputs(runner, scheduler)
+        self._untold: list[Iterable[Event]] = []
         self._counters = _Counters()
         self._thread = threading.Thread(target=self._loop, name="loraplex-engine", daemon=True)
         self._stopped = False
@@ -242,24 +245,32 @@ class Engine:
             idle = True
             while self._take_commands(wait=idle):
                 before = self._counters.steps
-                self._streams.deliver(self._step())
+                self._step()
                 idle = self._counters.steps == before  # only a command can change that now
         except BaseException:
             logger.exception("the engine stopped on an error it could not contain")
         finally:
             self._stopped = True
+            with suppress(Exception):  # what was drawn before; the streams' end must not depend on it
+                self._tell()
             error = EngineDeadError("the engine has stopped")
             self._streams.deliver([Failed(request_id, error) for request_id in self._streams.ids()])
 
-    def _step(self) -> list[Event]:
-        """Schedule, run, sample."""
+    def _step(self) -> None:
+        """Schedule, run, sample. The step before is told of while this one runs, or first where it cannot run yet."""
         started = time.perf_counter()
-        batch = batches.in_row_order(self.scheduler.schedule())
-        events: list[Event] = self._rejected()
+        batch = in_row_order(self.scheduler.schedule())
+        self._untold.append(self._rejected())
+        if not self._inputs.only_launches(batch):
+            self._tell()
         if batch:
-            events += self._run(batch)
+            self._run(batch)
             self._count(batch, time.perf_counter() - started)
-        return events
+
+    def _tell(self) -> None:
+        """Hand over what has happened since it was done last."""
+        untold, self._untold = self._untold, []
+        self._streams.deliver(list(chain.from_iterable(untold)))
 
     def _take_commands(self, *, wait: bool) -> bool:
         """Carry out everything in the inbox, after waiting for something if asked. False when told to stop."""
@@ -280,52 +291,57 @@ class Engine:
                     return False
         return True
 
-    def _run(self, batch: list[Scheduled]) -> list[Event]:
+    def _run(self, batch: list[Scheduled]) -> None:
         """One forward pass. If it raises, each half runs again alone, down to the sequence at fault."""
         try:
-            inputs = batches.build(batch, self.residency, self.scheduler.limits.block_size)
+            inputs = self._inputs.of(batch)
             logits = self.runner.forward(inputs)
-            sampling = [item.sequence for item in batch if item.samples]
-            picks = sample(logits, sampling, _known(batch))
+            drawing = [item.sequence for item in batch if item.samples]
+            drawn = draw(logits, drawing, _known(batch))
+            self._inputs.foresee(batch, inputs)
+            self._tell()
+            token_ids = drawn.token_ids()
         except torch.AcceleratorError:
             raise  # the device is in an unknown state: nothing can be retried
         except Exception:
             if len(batch) == 1:
                 logger.exception("a sequence failed request_id=%s", batch[0].sequence.request_id)
-                return [
-                    self._fail(
-                        batch[0].sequence,
-                        LoraplexError("the model failed on this request; the server's log has the reason"),
-                    )
-                ]
+                message = "the model failed on this request; the server's log has the reason"
+                self._untold.append([self._fail(batch[0].sequence, LoraplexError(message))])
+                return
             half = len(batch) // 2
-            return self._run(batch[:half]) + self._run(batch[half:])
-        broken = _keep_prompt_logprobs(batch, picks[len(sampling) :])
+            self._run(batch[:half])
+            self._run(batch[half:])
+            return
+        self._settle(batch, drawing, drawn, token_ids)
+
+    def _settle(
+        self, batch: list[Scheduled], drawing: list[Sequence], drawn: Drawn, token_ids: list[int]
+    ) -> None:
+        """What a step has computed is the sequences' own; to be told later."""
+        ends: dict[Sequence, Event] = {}
+        if len(token_ids) > len(drawing):
+            broken = _keep_prompt_logprobs(batch, drawn.picks()[len(drawing) :])
+            ends = {sequence: self._fail_broken(sequence) for sequence in broken}
         for item in batch:
             item.sequence.computed += item.count
-        events: list[Event] = []
-        for sequence, pick in zip(sampling, picks, strict=False):
-            if sequence not in broken:
-                events += self._advance(sequence, pick)
-        return events + [self._fail_broken(sequence) for sequence in broken]
+        for sequence, token_id in zip(drawing, token_ids, strict=False):
+            if sequence not in ends:
+                self._advance(sequence, token_id, ends)
+        self._untold.append(_told(drawing, drawn, ends))
 
-    def _advance(self, sequence: Sequence, pick: Pick | None) -> list[Event]:
+    def _advance(self, sequence: Sequence, token_id: int, ends: dict[Sequence, Event]) -> None:
         """Append a sampled token, and retire the sequence if it was the last."""
-        if pick is None:
-            return [self._fail_broken(sequence)]
-        events: list[Event] = []
-        sampling, name = sequence.sampling, sequence.request_id
-        if sampling.prompt_logprobs is not None and not sequence.output_length:
-            events.append(PromptLogprobs(name, tuple(sequence.prompt_logprobs)))
-        if not sampling.max_tokens:
-            return [*events, self._finish(sequence, "length")]
-        sequence.tokens.append(pick.token_id)
-        self._counters.generated_tokens += 1
-        events.append(Token(name, pick.token_id, pick.logprobs, queued=sequence.queued))
-        reason = sequence.finish_reason()
-        if reason is not None:
-            events.append(self._finish(sequence, reason))
-        return events
+        if token_id < 0:
+            ends[sequence] = self._fail_broken(sequence)
+        elif not sequence.sampling.max_tokens:
+            ends[sequence] = self._finish(sequence, "length")
+        else:
+            sequence.tokens.append(token_id)
+            self._counters.generated_tokens += 1
+            reason = sequence.finish_reason()
+            if reason is not None:
+                ends[sequence] = self._finish(sequence, reason)
 
     def _fail_broken(self, sequence: Sequence) -> Failed:
         message = "the model's logits are not finite; the adapter's weights may overflow on this base"
@@ -353,16 +369,28 @@ class Engine:
         counters = self._counters
         counters.steps += 1
         counters.step_seconds += seconds
-        if any(item.count > 1 for item in batch):
+        chunks = [item.count for item in batch if item.count > 1]
+        if chunks:
             counters.prefill_steps += 1
             counters.prefill_step_seconds += seconds
+        counters.prefill_tokens += sum(chunks)
+        counters.decode_tokens += len(batch) - len(chunks)
         counters.last_sequences = len(batch)
         counters.last_adapters = len({item.sequence.generation for item in batch} - {None})
-        for item in batch:
-            if item.count == 1:
-                counters.decode_tokens += 1
-            else:
-                counters.prefill_tokens += item.count
+
+
+def _told(drawing: list[Sequence], drawn: Drawn, ends: dict[Sequence, Event]) -> Iterator[Event]:
+    """What a step gave its sequences: read at leisure, but before the next step's tokens are appended."""
+    for sequence, pick in zip(drawing, drawn.picks(), strict=False):
+        sampling, end = sequence.sampling, ends.pop(sequence, None)
+        if pick is not None and not isinstance(end, Failed):
+            if sampling.prompt_logprobs is not None and sequence.output_length < 2:
+                yield PromptLogprobs(sequence.request_id, tuple(sequence.prompt_logprobs))
+            if sampling.max_tokens:
+                yield Token(sequence.request_id, pick.token_id, pick.logprobs, queued=sequence.queued)
+        if end is not None:
+            yield end
+    yield from ends.values()  # in the middle of a prompt
 
 
 def _known(batch: list[Scheduled]) -> list[Known]:

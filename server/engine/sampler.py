@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, cuda
 
 from server.engine.sequence import Logprobs, Sequence
 
@@ -46,14 +46,55 @@ class Known:
     top: int
 
 
-@torch.inference_mode()
+@dataclass(slots=True)
+class Drawn:
+    """A step's tokens and logprobs on their way to the host: packed, and the event after which they are there."""
+
+    host: Tensor  # [rows] int64, or float64 with the logprobs that were asked for behind them
+    arrived: cuda.Event | None
+    tops: list[int | None]  # of each row, how many of the likeliest were asked for
+    most: int
+    _token_ids: list[int] | None = None
+
+    def token_ids(self) -> list[int]:
+        """Each row's token, or -1. A step's one wait; who waits holds no lock of Python's, so that others go on."""
+        if self._token_ids is None:
+            if self.arrived is not None:
+                self.arrived.synchronize()
+            self._token_ids = self.host[: len(self.tops)].long().tolist()
+        return self._token_ids
+
+    def picks(self) -> list[Pick | None]:
+        """Each row's token and logprobs; None where its logits are not numbers or every token is forbidden."""
+        tokens = self.token_ids()
+        picks = [None if token < 0 else Pick(token) for token in tokens]
+        asked = [row for row, top in enumerate(self.tops) if top is not None]
+        reports = self.host[len(self.tops) :].view(len(asked), -1).tolist() if asked else []
+        for row, (logprob, *likeliest) in zip(asked, reports, strict=True):
+            if picks[row] is not None:
+                top = zip(map(int, likeliest[: self.most]), likeliest[self.most :], strict=True)
+                picks[row] = Pick(tokens[row], Logprobs(logprob, tuple(top)[: self.tops[row]]))
+        return picks
+
+
 def sample(
+    logits: Tensor,  # [sequences + known, vocabulary] float32
+    sequences: Rows[Sequence],
+    known: Rows[Known] = (),
+    mask: Tensor | None = None,  # [sequences, vocabulary]
+) -> list[Pick | None]:
+    """`draw`, and wait for it."""
+    return draw(logits, sequences, known, mask).picks()
+
+
+@torch.inference_mode()
+def draw(
     logits: Tensor,  # [sequences + known, vocabulary] float32
     sequences: Rows[Sequence],  # whose next token is chosen: the first rows
     known: Rows[Known] = (),  # the rows after them
     mask: Tensor | None = None,  # [sequences, vocabulary] added: 0 or -inf
-) -> list[Pick | None]:
-    """Each row's token; None where its logits are not numbers or every token is forbidden. One read-back."""
+) -> Drawn:
+    """Each row's token, and its logprobs where they are asked for. Waits for nothing."""
     own = logits[: len(sequences)]
     shaped = _shape(own, sequences, mask)
     chosen = shaped.argmax(dim=-1)
@@ -68,7 +109,7 @@ def sample(
         chosen = torch.cat((chosen, _on(logits.device, [row.token_id for row in known], torch.int64)))
     chosen = torch.where(usable, chosen, -1)
     tops = [sequence.sampling.logprobs for sequence in sequences] + [row.top for row in known]
-    return _read_back(logits, chosen, tops)
+    return _send_back(logits, chosen, tops)
 
 
 def _on(device: torch.device, values: Any, dtype: torch.dtype) -> Tensor:
@@ -77,37 +118,21 @@ def _on(device: torch.device, values: Any, dtype: torch.dtype) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
-def _on_host(found: Tensor) -> Tensor:
-    """A step's one read-back. What waits holds no lock of Python's, so that the event loop runs meanwhile."""
+def _send_back(logits: Tensor, chosen: Tensor, tops: list[int | None]) -> Drawn:
+    """Tokens and the logprobs asked for in one copy; float64 holds ids and float32 exactly."""
+    asked = [row for row, top in enumerate(tops) if top is not None]
+    found, most = chosen, 0
+    if asked:
+        most = min(max(tops[row] or 0 for row in asked), logits.shape[1])
+        rows = _on(logits.device, asked, torch.int64)
+        found = torch.cat((chosen.double(), _report(logits[rows], chosen[rows], most).flatten()))
     if found.device.type != "cuda":
-        return found
+        return Drawn(found, None, tops, most)
     host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
     host.copy_(found, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-    copied.synchronize()
-    return host
-
-
-def _read_back(logits: Tensor, chosen: Tensor, tops: Rows[int | None]) -> list[Pick | None]:
-    """Tokens and the logprobs asked for, packed in float64, which holds ids and float32 exactly."""
-    asked = [row for row, top in enumerate(tops) if top is not None]
-    if not asked:
-        return [None if token < 0 else Pick(token) for token in _on_host(chosen).tolist()]
-    most = min(max(tops[row] or 0 for row in asked), logits.shape[1])
-    rows = _on(logits.device, asked, torch.int64)
-    report = _report(logits[rows], chosen[rows], most)
-    packed = _on_host(torch.cat((chosen.double(), report.flatten()))).tolist()
-    picks = [None if token < 0 else Pick(int(token)) for token in packed[: len(tops)]]
-    width = 1 + 2 * most
-    for place, row in enumerate(asked):
-        pick = picks[row]
-        if pick is not None:
-            start = len(tops) + place * width
-            logprob, ids = packed[start], packed[start + 1 : start + 1 + most]
-            top = zip(map(int, ids), packed[start + 1 + most : start + width], strict=True)
-            picks[row] = Pick(pick.token_id, Logprobs(logprob, tuple(top)[: tops[row]]))
-    return picks
+    arrived = cuda.Event()
+    arrived.record()
+    return Drawn(host, arrived, tops, most)
 
 
 def _report(logits: Tensor, tokens: Tensor, top: int) -> Tensor:  # [rows, 1 + 2 * top] float64

@@ -89,6 +89,12 @@ class Scheduled:
         return self.count == self.sequence.missing
 
     @property
+    def decodes(self) -> bool:
+        """Whether the newest token of the output goes in, and nothing else."""
+        sequence = self.sequence
+        return sequence.computed >= sequence.prompt_length and sequence.computed + 1 == len(sequence.tokens)
+
+    @property
     def scores(self) -> range:
         """The positions in the prompt whose rows give logprobs of the tokens after them."""
         sequence = self.sequence
@@ -121,15 +127,19 @@ class Scheduler:
         self.prefix_tokens = 0  # of all prompts admitted
         self.prefix_hits = 0  # of these, not computed again
         self.preemptions = 0
+        self._foreseen: list[Scheduled] = []
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Scheduled]:
         """The next step. Sequences without room for their next block make the youngest wait and start again."""
+        if not self.waiting:
+            if self._goes_on(self._foreseen):
+                return self._foreseen
+        else:
+            self._remember_all()
         batch: list[Scheduled] = []
-        for sequence in self.running:
-            self._remember(sequence)
         budget, before = self.limits.tokens, len(self.running)
         for sequence in sorted(self.running, key=lambda s: s.missing > 1):
             if sequence.blocks:  # an older sequence may have taken them in this very loop
@@ -137,6 +147,20 @@ class Scheduler:
         if len(self.running) == before:  # after a preemption nothing new starts: it would be the next to go
             self._admit(budget, batch)
         return [item for item in batch if item.sequence.blocks]
+
+    def foresee(self, batch: list[Scheduled]) -> list[Scheduled]:
+        """The step after `batch` if nothing comes between: a decode of all that do not end, in the same order.
+
+        Takes the blocks for it; they are the sequences' own from then on. Empty where there is no such step.
+        """
+        self._remember_all()
+        self._foreseen = []
+        if len(batch) == len(self.running) and all(item.samples for item in batch):
+            going = [item for item in batch if not item.sequence.ends]
+            same = len(going) == len(batch) and all(item.count == 1 for item in batch)
+            if self._take_blocks([item.sequence for item in going]):
+                self._foreseen = batch if same else [Scheduled(item.sequence, 1) for item in going]
+        return self._foreseen
 
     def retire(self, sequence: Sequence) -> None:
         """Forget a sequence, running or waiting, and give back all it holds."""
@@ -156,6 +180,26 @@ class Scheduler:
             assert sequence.computed <= len(sequence.blocks) * self.limits.block_size
             assert sequence.missing >= 1
         assert all(not sequence.blocks and sequence.computed == 0 for sequence in self.waiting)
+
+    def _goes_on(self, batch: list[Scheduled]) -> bool:
+        """Whether a step that was foreseen is what there is to do: only running sequences hold blocks."""
+        size = self.limits.block_size
+        if not batch or len(batch) != len(self.running):
+            return False
+        return all(
+            len(each.tokens) - each.computed == 1 and each.computed < len(each.blocks) * size
+            for each in [item.sequence for item in batch]
+        )
+
+    def _take_blocks(self, sequences: list[Sequence]) -> bool:
+        """Blocks for the token after the one that is being drawn: for all, or for none."""
+        wanted = [max(0, self._blocks_for(len(s.tokens) + 1) - len(s.blocks)) for s in sequences]
+        if sum(wanted) > self.blocks.free:
+            return False
+        for sequence, count in zip(sequences, wanted, strict=True):
+            if count:
+                self.blocks.extend(sequence.blocks, count)
+        return True
 
     def _grow(self, sequence: Sequence, budget: int, batch: list[Scheduled]) -> int:
         """Schedule a running sequence's next tokens, preempting younger ones for blocks; returns the tokens taken."""
@@ -228,6 +272,10 @@ class Scheduler:
         sequence.computed = reused * self.limits.block_size
         self.prefix_tokens += length
         self.prefix_hits += sequence.computed
+
+    def _remember_all(self) -> None:
+        for sequence in self.running:
+            self._remember(sequence)
 
     def _remember(self, sequence: Sequence) -> None:
         """Let others take up the blocks that have become full."""

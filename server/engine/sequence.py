@@ -7,6 +7,7 @@ Knows nothing of text or HTTP.
 from __future__ import annotations
 
 import time
+from array import array
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -177,7 +178,7 @@ class Sequence:
     generation: str | None
     tokens: list[int]
     computed: int = 0  # tokens whose keys and values are in the cache
-    blocks: list[int] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("i"))  # int32, as a step's tables are
     hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were asked for
     remembered: int = 0  # full blocks that others may take up
     arrived: float = field(default_factory=time.perf_counter)
@@ -206,6 +207,11 @@ class Sequence:
         """Up to which position the prompt's logits are not needed, or not any more; its last row gives the output."""
         last = self.prompt_length - 1
         return last if self.sampling.prompt_logprobs is None else min(last, len(self.prompt_logprobs))
+
+    @property
+    def ends(self) -> bool:
+        """Whether it ends with the token that is drawn next, whichever that is."""
+        return self.output_length + 1 >= self.sampling.max_tokens
 
     def prompt_ids(self) -> NDArray[np.int64]:
         """The distinct tokens of the prompt, in order of their ids."""

@@ -1,41 +1,53 @@
 """Steps on a GPU: decodes replay captured graphs, all others run as they come. Same questions as `Runner`.
 
-While the device runs, nothing here waits for it: inputs go over from pinned memory, and logits stay where they are.
+While the device runs, nothing here waits for it: inputs go over from pinned memory, where the next step is written
+meanwhile if it is known, and logits stay where they are.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, cuda
 
 from kernels.segments import Spans
 from server.model.context import ForwardContext, forward_context
-from server.model.graphs import Graphs
+from server.model.graphs import Graph, Graphs
 from server.model.kv_cache import KVCache
 from server.model.runner import StepInputs
 from server.model.servable import ServableModel
-from server.model.step_tables import StepLayout, StepTensors
+from server.model.step_tables import Filled, StepLayout, StepTensors
 
 
 class _Outgoing:
-    """A buffer in pinned memory, and the event after which it may be written again."""
+    """A step in pinned memory, and the event after which another may be written there."""
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.int32)
+        self.inputs: StepInputs | None = None  # that are written and not sent
+        self.graph: Graph | None = None
+        self.layout: StepLayout | None = None
+        self.filled: Filled | None = None
         self.sent = cuda.Event()
+        self._memory = torch.empty(0, dtype=torch.int32)
 
-    def of(self, size: int) -> NDArray[np.int32]:
-        """Room for so many numbers, as soon as the device has fetched what was there."""
+    def write(self, inputs: StepInputs, layout: StepLayout, graph: Graph | None) -> None:
+        """As soon as the device has fetched what was there; what of that is still right is left."""
         self.sent.synchronize()
-        if size > len(self.memory):
-            self.memory = torch.empty(2 * size, dtype=torch.int32, pin_memory=cuda.is_available())
-        room: NDArray[np.int32] = self.memory[:size].numpy()
-        return room
+        before, self.filled = self.filled if layout is self.layout else None, None
+        if layout.size > len(self._memory):
+            self._memory = torch.empty(2 * layout.size, dtype=torch.int32, pin_memory=cuda.is_available())
+            before = None
+        self.filled = layout.fill(self._memory.numpy(), inputs, before)
+        self.inputs, self.layout, self.graph = inputs, layout, graph
+
+    def take(self) -> Tensor:  # [used] int32
+        """The step, its token ids as they are now; it is sent once."""
+        assert self.inputs is not None
+        assert self.filled is not None
+        self._memory.numpy()[: len(self.inputs.token_ids)] = self.inputs.token_ids
+        self.inputs = None
+        return self._memory[: self.filled.size]
 
 
 class DeviceRunner:
@@ -55,7 +67,10 @@ class DeviceRunner:
         self.kernels = servable.kernels
         self.fixed = fixed
         self.group = servable.query_group
-        self._outgoing = itertools.cycle((_Outgoing(), _Outgoing()))
+        self._outgoing = [
+            _Outgoing(),
+            _Outgoing(),
+        ]  # the first is to be written and sent, the other is on its way
         self._graphs = Graphs(self._run, layouts, servable.vocab_size, self.device) if layouts else None
 
     @torch.inference_mode()
@@ -64,23 +79,38 @@ class DeviceRunner:
         if self._graphs is not None:
             self._graphs.capture(progress)
 
+    def prepare(self, inputs: StepInputs) -> bool:
+        """Write a step to the buffer it goes from; `forward` of the same inputs sends it, and their token ids with it.
+
+        Whether that is all that `forward` has left to do.
+        """
+        return self._write(inputs).graph is not None
+
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> Tensor:  # [wanted, vocabulary] float32
         """Logits of `inputs.logits_rows`, in that order, on the device; a replay's last until the next one."""
+        outgoing = self._outgoing[0]
+        if outgoing.inputs is not inputs:
+            self._write(inputs)
+        host = outgoing.take()
+        self._outgoing.reverse()
+        if outgoing.graph:
+            logits = outgoing.graph.replay(host, outgoing.sent)
+        else:
+            assert outgoing.layout is not None
+            buffer = host.to(self.device, non_blocking=True)
+            outgoing.sent.record()
+            logits = self._run(outgoing.layout.view(buffer, outgoing.filled)).float()
+        return logits[: len(inputs.logits_rows)]
+
+    def _write(self, inputs: StepInputs) -> _Outgoing:
+        outgoing = self._outgoing[0]
         graph = self._graphs.find(inputs) if self._graphs is not None else None
         layout = (
             graph.layout if graph else StepLayout.of(inputs, self.cache.block_size, self.group, self.fixed)
         )
-        outgoing: _Outgoing = next(self._outgoing)
-        filled = layout.fill(outgoing.of(layout.size), inputs)
-        host = outgoing.memory[: filled.size]
-        if graph:
-            logits = graph.replay(host, outgoing.sent)
-        else:
-            buffer = host.to(self.device, non_blocking=True)
-            outgoing.sent.record()
-            logits = self._run(layout.view(buffer, filled)).float()
-        return logits[: len(inputs.logits_rows)]
+        outgoing.write(inputs, layout, graph)
+        return outgoing
 
     def _run(self, step: StepTensors) -> Tensor:  # [wanted, vocabulary] in the model's dtype
         context = ForwardContext(

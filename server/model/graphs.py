@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, cuda
 
 from kernels.plans import AttentionPlan
-from kernels.segments import Segment, Span
+from kernels.segments import FlatSpans, Segment, Span
 from server.model.kv_cache import PADDING_BLOCK, KVCache
 from server.model.runner import StepInputs
 from server.model.step_tables import StepLayout, StepTensors
@@ -115,8 +115,9 @@ class Graphs:
         rows = len(inputs.token_ids)
         if len(inputs.spans) != rows or not np.array_equal(inputs.logits_rows, np.arange(rows)):
             return None
-        pages = max((len(s.pages) for segments in inputs.segments.values() for s in segments), default=0)
-        blocks = sum(len(span.blocks) for span in inputs.spans)
+        distinct = {id(segments): segments for segments in inputs.segments.values()}
+        pages = max((len(s.pages) for segments in distinct.values() for s in segments), default=0)
+        blocks = len(FlatSpans.of(inputs.spans).blocks)
         return next((graph for graph in self._graphs if graph.fits(rows, pages, blocks)), None)
 
     def capture(self, progress: Callable[[int, int], None]) -> None:

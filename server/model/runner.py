@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.segments import Segment, Span, Spans
+from kernels.segments import AnySpans, Segment, Spans
 from server.model.context import ForwardContext, forward_context
 from server.model.kv_cache import PADDING_BLOCK, KVCache
 from server.model.servable import ServableModel
@@ -21,13 +21,13 @@ from server.model.servable import ServableModel
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """The flattened rows of one step."""
+    """The flattened rows of one step; what is prepared beforehand gets its token ids last."""
 
     token_ids: NDArray[np.int64]  # [rows]
     positions: NDArray[np.int64]  # [rows] place in the text, for rotary embeddings
     kv_index: NDArray[np.int64]  # [rows] place in the cache
     logits_rows: NDArray[np.int64]  # [wanted] rows whose logits are asked for
-    spans: tuple[Span, ...]
+    spans: AnySpans
     segments: Mapping[str, tuple[Segment, ...]]
 
 
@@ -39,6 +39,10 @@ class Runner:
         self.device = servable.device
         self.cache = cache
         self.kernels = servable.kernels
+
+    def prepare(self, inputs: StepInputs) -> bool:
+        """Nothing can be done for a step before its time: whoever computes it is who would prepare it."""
+        return False
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> Tensor:  # [wanted, vocabulary] float32

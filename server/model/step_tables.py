@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.plans import AttentionPlan, DeltaPlan
-from kernels.segments import Segment
+from kernels.segments import FlatSpans, Segment
 from server.model.context import StepPlans
 from server.model.kv_cache import PADDING_BLOCK
 from server.model.runner import StepInputs
@@ -23,9 +23,10 @@ from server.model.runner import StepInputs
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """How much of a buffer a step takes: int32 from the first on, and what each plan's `fill` said."""
+    """How much of a buffer a step takes: int32 from the first on, and what each plan's `fill` said of what."""
 
     size: int
+    segments: Mapping[str, Sequence[Segment]]
     deltas: Mapping[str, int]
     attention_tiles: int
     attention_lines: int
@@ -62,7 +63,7 @@ class StepLayout:
             rows=len(inputs.token_ids),
             wanted=len(inputs.logits_rows),
             most_pages={g: max(len(s.pages) for s in segments) for g, segments in inputs.segments.items() if segments},
-            most_blocks=sum(len(span.blocks) for span in inputs.spans),
+            most_blocks=len(FlatSpans.of(inputs.spans).blocks),
             block_size=block_size,
             queries=AttentionPlan.tile_queries(group, longest, fixed=fixed),
             fixed=fixed,
@@ -83,8 +84,11 @@ class StepLayout:
         """How many int32 the buffer needs."""
         return self._places[None] + AttentionPlan.sizes(self.rows, self.most_blocks)
 
-    def fill(self, out: NDArray[np.int32], inputs: StepInputs) -> Filled:
-        """Write a step that is no larger than this; rows that only pad read token 0 and write to the padding block."""
+    def fill(self, out: NDArray[np.int32], inputs: StepInputs, before: Filled | None = None) -> Filled:
+        """Write a step that is no larger than this; rows that only pad read token 0 and write to the padding block.
+
+        `before` is the step of this layout that `out` holds: plans of the very same segments are left as they are.
+        """
         given = len(inputs.token_ids)
         rows = out[: 3 * self.rows].reshape(3, self.rows)
         rows[:2, given:] = 0
@@ -96,13 +100,16 @@ class StepLayout:
         )
         if self.wanted is not None:
             out[3 * self.rows : 3 * self.rows + self.wanted] = inputs.logits_rows
-        deltas = self._fill_deltas(out, inputs.segments)
+        if before is not None and before.segments is inputs.segments:
+            deltas = before.deltas
+        else:
+            deltas = self._fill_deltas(out, inputs.segments)
         start = self._places[None]
         size = AttentionPlan.sizes(self.rows, self.most_blocks)
         used, tiles, lines = AttentionPlan.fill(
             out[start : start + size], inputs.spans, self.rows, self.queries
         )
-        return Filled(start + used, deltas, tiles, lines)
+        return Filled(start + used, inputs.segments, deltas, tiles, lines)
 
     def _fill_deltas(
         self, out: NDArray[np.int32], segments: Mapping[str, Sequence[Segment]]

@@ -33,7 +33,7 @@ from server.model.cuda import cuda_kernels
 from tests.bench import figures
 from tests.bench.figures import Figure, Results
 from tests.bench.gpu_contestants import Segments, decode_seconds, looping, peft_seconds
-from tests.bench.gpu_model import LLAMA_8B, TINY, Engine, random_llama
+from tests.bench.gpu_model import GROWTH, LLAMA_8B, TINY, Engine, random_llama
 from tests.bench.gpu_products import ROWS, Linears, all_layers, product_seconds
 from tests.bench.gpu_timing import called, copy_bandwidth, host_bandwidth, wake
 from tests.bench.gpu_traffic import disturbances
@@ -163,7 +163,7 @@ class Bench:
             random_llama(self.shape, self.device),
             cuda_kernels(self.device, fixed=False),
             adapters=max(plan.batches),
-            positions=(max(plan.batches) + 1) * max(plan.context, plan.prompt // 2) + 64,
+            positions=(max(plan.batches) + 1) * (max(plan.context, plan.prompt // 2) + GROWTH),
             buckets=plan.batches,
         )
         for part in (self._decode, self._prefill, self._deltas, self._load):
@@ -241,7 +241,7 @@ class Bench:
             random_llama(self.shape, self.device),
             cuda_kernels(self.device, fixed=True),
             adapters=batch,
-            positions=(batch + 1) * self.plan.context + 64,
+            positions=(batch + 1) * (self.plan.context + GROWTH),
             buckets=(batch,),
             fixed=True,
         )
@@ -259,7 +259,7 @@ class Bench:
             random_llama(self.shape, self.device),
             looping(cuda_kernels(self.device, fixed=False), loop),
             adapters=batch,
-            positions=(batch + 1) * self.plan.context + 64,
+            positions=(batch + 1) * (self.plan.context + GROWTH),
             buckets=(batch,),
             backend="bitsandbytes",
         )

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from adapters.page_copy import SitePages
-from server.engine.sampler import sample
 from server.model.context import ForwardContext
 from server.model.kernel_set import Kernels
 from server.model.linear import BaseLinear
@@ -25,20 +24,19 @@ from tests.bench.random_llama import RANK, TARGETS
 def decode_seconds(
     engine: Engine, adapters: Sequence[int | None], context: int, steps: int, warm_up: int
 ) -> float:
-    """Median seconds of a whole step: inputs built, the device run, tokens drawn there and read back."""
-    batch = engine.sequences(adapters, context)
-    sequences = [item.sequence for item in batch]
+    """Median seconds of a step from token to token, as the server's engine runs it; `context` is in the middle.
+
+    The step is scheduled, run, drawn from and read back, and meanwhile the next one is written.
+    """
+    serving = engine.serving(adapters, max(2, context - warm_up - 1 - steps // 2))
     found = []
-    for number in range(warm_up + steps):
-        synchronize(engine.servable.device)
+    for _ in range(1 + warm_up + steps):
         began = time.perf_counter()
-        logits = engine.runner.forward(engine.inputs(batch))
-        picks = sample(logits, sequences)
-        seconds = time.perf_counter() - began
-        assert all(pick is not None for pick in picks), "logits are not numbers"
-        if number >= warm_up:
-            found.append(seconds)
-    return statistics.median(found)
+        serving._step()
+        found.append(time.perf_counter() - began)
+    assert len(serving.scheduler.running) == len(adapters), "logits are not numbers"
+    assert serving._inputs.foreseen == warm_up + steps, "a step was not written while the one before ran"
+    return statistics.median(found[1 + warm_up :])
 
 
 @dataclass

@@ -6,6 +6,7 @@ is timed.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,9 @@ from adapters.pool import Pool
 from kernels.lookup import NF4_CODE
 from kernels.plans import AttentionPlan
 from server.engine.batch import build
-from server.engine.scheduler import Scheduled
+from server.engine.blocks import Blocks
+from server.engine.engine import Engine as Serving
+from server.engine.scheduler import Limits, Scheduled, Scheduler
 from server.engine.sequence import Sampling
 from server.engine.sequence import Sequence as Running
 from server.model.device_runner import DeviceRunner
@@ -32,6 +35,7 @@ from server.model.step_tables import StepLayout
 from tests.bench.random_llama import Shape, llama_config
 
 BLOCK = 16
+GROWTH = 2 * BLOCK  # positions that the engine's sequences may grow by, each
 LLAMA_8B = Shape(layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=128_256)
 TINY = Shape(layers=1, hidden=64, intermediate=128, heads=4, kv_heads=2, vocabulary=96)
 
@@ -80,6 +84,9 @@ class Pages:
 
     def pages(self, generation: str | None) -> dict[str, tuple[int, ...]]:
         return {} if generation is None else dict.fromkeys(self.groups, (int(generation),))
+
+    def line_up(self, generations: Iterable[str | None]) -> None:
+        assert not list(generations), "all adapters are there"
 
 
 class Engine:
@@ -140,7 +147,7 @@ class Engine:
         batch = []
         for number, adapter in enumerate(sorted(adapters, key=lambda a: -1 if a is None else a)):
             tokens = draw.integers(3, self.servable.vocab_size, context).tolist()
-            blocks = list(range(1 + number * each, 1 + (number + 1) * each))
+            blocks = array("i", range(1 + number * each, 1 + (number + 1) * each))
             generation = None if adapter is None else str(adapter)
             running = Running(f"s{number}", context, Sampling(64, temperature=0), generation, tokens)
             running.blocks, running.computed = blocks, context - 1
@@ -149,6 +156,17 @@ class Engine:
 
     def inputs(self, batch: list[Scheduled]) -> StepInputs:
         return build(batch, self.pages, BLOCK)  # type: ignore[arg-type]
+
+    def serving(self, adapters: Sequence[int | None], context: int) -> Serving:
+        """The server's engine in the middle of its work: one sequence each that decodes. Nobody listens to them."""
+        batch = self.sequences(adapters, context)
+        limits = Limits(len(batch), tokens=len(batch), prefill_chunk=BLOCK, block_size=BLOCK)
+        scheduler = Scheduler(limits, Blocks(self.cache.blocks), self.pages)  # type: ignore[arg-type]
+        for item in batch:
+            item.sequence.blocks = array("i")
+            assert scheduler.blocks.extend(item.sequence.blocks, -(-context // BLOCK))
+            scheduler.running.append(item.sequence)
+        return Serving(self.runner, scheduler, self.pages, max_queued=0)  # type: ignore[arg-type]
 
     def prompt(self, adapter: int | None, tokens: int) -> StepInputs:
         """A prompt read whole, in one step, its last row's logits wanted."""

@@ -6,6 +6,8 @@ misplaced, or whose adapter's pages were overwritten, gets other tokens than `so
 
 import hashlib
 import threading
+from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -92,10 +94,22 @@ class FakeRunner:
         self.gate.set()
         self.entered = threading.Event()
         self.steps = []  # the rows of every step that did not raise
+        self._written = None, None
+        self.prepared = 0  # steps that were written beforehand
+        self.launches = True
+
+    def prepare(self, inputs):
+        """As on a device: all but the token ids is written now, and `forward` sends what was written."""
+        self._written = inputs, deepcopy(inputs)
+        return self.launches
 
     def forward(self, inputs):
         self.entered.set()
         assert self.gate.wait(30), "a test held the runner back for too long"
+        prepared, written = self._written
+        if prepared is inputs:
+            self.prepared += 1
+            inputs = replace(written, token_ids=inputs.token_ids)
         marks = self._marks(inputs)
         for token, at, place, mark in zip(
             inputs.token_ids.tolist(), inputs.positions.tolist(), inputs.kv_index.tolist(), marks, strict=True

@@ -1,12 +1,14 @@
 """A step's rows: where each token goes, what each sequence reads, and which rows give logits."""
 
+from array import array
+
 from server.engine import batch as batches
 from server.engine.scheduler import Scheduled
 from tests.engine.fakes import GROUP, Parts, make_adapter, sequence, step_inputs_rows
 
 
 def started(parts, asked, blocks, computed=0):
-    asked.blocks, asked.computed = blocks, computed
+    asked.blocks, asked.computed = array("i", blocks), computed
     if asked.generation is not None:
         if not parts.pool.resident(asked.generation):
             assert parts.pool.admit(parts.adapters[asked.generation])
@@ -71,7 +73,7 @@ def test_blocks_is_a_copy():
     parts = Parts([])
     asked = started(parts, sequence(), [1])
     inputs = batches.build([Scheduled(asked, 3)], parts.residency, 4)
-    asked.blocks.clear()
+    del asked.blocks[:]
     assert inputs.spans[0].blocks.tolist() == [1]
 
 

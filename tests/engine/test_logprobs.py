@@ -130,10 +130,21 @@ def test_events_are_those_of_each_alone_whatever_the_chunks(tokens, chunk):
 @pytest.mark.parametrize("preempted_at", ["prefill", "decode"])
 def test_after_a_preemption_nothing_is_told_twice(preempted_at):
     """Too few blocks: those that give way compute again, and say again nothing that they said."""
+
+    async def at_once(bench):
+        """None waits for an adapter, and all have come before the first has gone far."""
+        await all_events(bench.engine, [submit(name, generation=name, max_tokens=1) for name in "ab"])
+        bench.runner.gate.clear()
+        found = asyncio.ensure_future(all_events(bench.engine, asked))
+        while len(bench.engine._streams) < len(asked):
+            await asyncio.sleep(0)
+        bench.runner.gate.set()
+        return await found
+
     asked = scoring(4, 8, **SHAPED | {"stop_token_ids": frozenset()})
     sizes = {"prefill": {"tokens": 8, "chunk": 4}, "decode": {"tokens": 64}}[preempted_at]
     with Bench(ADAPTERS, blocks=10, **sizes) as bench:
-        found = run(all_events(bench.engine, asked))
+        found = run(at_once(bench))
     assert bench.engine.stats().preemptions > 0
     assert [events for events, _ in found] == [bench.solo_events(one) for one in asked]
     bench.assert_nothing_is_held()

@@ -16,7 +16,7 @@ from server.engine import scheduler as module
 from server.engine.engine import _keep_prompt_logprobs, _known
 from server.engine.sampler import sample
 from server.engine.scheduler import MAX_PASSED
-from tests.engine.fakes import BLOCK, Parts, make_adapter, prompt_logprobs, sequence, submit
+from tests.engine.fakes import BLOCK, Parts, make_adapter, prompt_logprobs, sequence, step_inputs_rows, submit
 
 ADAPTERS = [make_adapter("a"), make_adapter("b"), make_adapter("wide", 40), make_adapter("c", 17)]
 LONGEST = 40  # tokens of prompt and output together
@@ -47,6 +47,28 @@ def test_prompts_are_cut_at_multiples_of_the_chunk():
     assert scheduled(parts) == [("long", 14)]
     assert scheduled(parts) == [("long", 1), ("short", 9)]
     assert scheduled(parts) == [("long", 1), ("short", 1)]
+
+
+def foreseen(parts):
+    """As `scheduled`, and the step after it is foreseen."""
+    batch = parts.scheduler.schedule()
+    found = [item.sequence.request_id for item in parts.scheduler.foresee(batch)]
+    return scheduled(parts), found
+
+
+def test_a_step_that_was_foreseen_long_ago_is_not_taken_for_the_next():
+    parts = Parts([], tokens=16, chunk=8, blocks=20)
+    add(parts, sequence(range(6), name="first", max_tokens=99, prompt_logprobs=0))
+    assert foreseen(parts) == ([("first", 6)], ["first"])
+    add(parts, sequence(range(9, 12), name="second", max_tokens=99))
+    assert scheduled(parts) == [("first", 1), ("second", 3)]
+    assert scheduled(parts) == [("first", 1), ("second", 1)], "as many as were running when it was foreseen"
+    parts.scheduler.retire(parts.scheduler.find("second"))
+    (first,) = parts.scheduler.running
+    for _ in range(9):
+        assert scheduled(parts) == [("first", 1)], "without a block for it"
+    parts.scheduler._preempt(first)
+    assert [scheduled(parts), scheduled(parts)] == [[("first", 16)], [("first", 2)]], "it begins anew"
 
 
 def test_decodes_come_before_prompts():
@@ -90,7 +112,7 @@ def test_the_youngest_gives_way_and_starts_again():
     assert scheduled(parts) == [("old", 1), ("young", 1)]  # both fill their second block
     assert scheduled(parts) == [("old", 1)]
     young = parts.scheduler.find("young")
-    assert (young.computed, young.blocks, young.tokens[-2:]) == (0, [], [1, 1])
+    assert (young.computed, len(young.blocks), young.tokens[-2:]) == (0, 0, [1, 1])
     parts.scheduler.retire(parts.scheduler.find("old"))
     assert scheduled(parts) == [("young", 1)]  # its full blocks were still there
 
@@ -102,7 +124,7 @@ def test_an_older_prompts_blocks_are_its_own():
     assert scheduled(parts) == [("decode", 4), ("prompt", 8)]
     assert parts.blocks.free == 0
     assert scheduled(parts) == [("decode", 1)]  # takes the prompt's, which is younger
-    assert parts.scheduler.find("prompt").blocks == []
+    assert not parts.scheduler.find("prompt").blocks
 
 
 def test_an_adapter_on_its_way_stops_nobody():
@@ -249,6 +271,15 @@ def test_the_budget_is_never_passed(budget):
     assert not parts.scheduler.waiting
 
 
+def assert_same_inputs(got, want):
+    """Whether a step was made beforehand or not, it reads and writes the same."""
+    assert step_inputs_rows(got).tolist() == step_inputs_rows(want).tolist()
+    assert got.logits_rows.tolist() == want.logits_rows.tolist()
+    assert got.spans.table.tolist() == want.spans.table.tolist()
+    assert got.spans.blocks.tolist() == want.spans.blocks.tolist()
+    assert got.segments == want.segments
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Random requests, aborts and reads, over the fake runner: tokens must be those of each sequence alone."""
 
@@ -263,6 +294,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(blocks=st.integers(11, 24), tokens=st.integers(8, 30), sequences=st.integers(1, 5))
     def build(self, blocks, tokens, sequences):
         self.parts = Parts(ADAPTERS, blocks=blocks, pages=3, tokens=tokens, chunk=8, sequences=sequences)
+        self.inputs = batches.Inputs(self.parts.runner, self.parts.scheduler)
+        self.foresees = True
 
     @rule(
         prompt=st.integers(1, LONGEST - 8),
@@ -271,13 +304,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         temperature=st.sampled_from([0.0, 1.0]),
         penalty=st.sampled_from([1.0, 1.3]),
         scored=st.sampled_from([None, None, 1]),
+        stops=st.sampled_from([frozenset(), frozenset(range(8))]),
     )
-    def submit(self, prompt, max_tokens, generation, temperature, penalty, scored):
+    def submit(self, prompt, max_tokens, generation, temperature, penalty, scored, stops):
         name, self.count = str(self.count), self.count + 1
         text = [(self.count * 7 + i) % 24 for i in range(prompt)]
         asked = submit(
             name, text, generation=generation, max_tokens=max_tokens, temperature=temperature, seed=self.count,
-            repetition_penalty=penalty, prompt_logprobs=scored,
+            repetition_penalty=penalty, prompt_logprobs=scored, stop_token_ids=stops,
         )  # fmt: skip
         self.open[name], self.passed[name] = asked, 0
         self.parts.scheduler.add(module.Sequence.of(asked))
@@ -306,8 +340,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.parts.pool.forget(generation)
         self.parts.loader.here.discard(generation)
 
-    @rule(steps=st.integers(1, 4))
-    def run(self, steps):
+    @rule(steps=st.integers(1, 4), foresees=st.sampled_from([True, True, True, False]))
+    def run(self, steps, foresees):
+        self.foresees = foresees
         for _ in range(steps):
             self.step()
 
@@ -346,7 +381,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         return generation is None or generation in self.parts.loader.here
 
     def _forward(self, batch):
-        logits = self.parts.runner.forward(batches.build(batch, self.parts.residency, BLOCK))
+        inputs = self.inputs.of(batch)
+        assert_same_inputs(inputs, batches.build(batch, self.parts.residency, BLOCK))
+        logits = self.parts.runner.forward(inputs)
+        if self.foresees:
+            self.inputs.foresee(batch, inputs)
+            self.books_agree()
         drawing = [item.sequence for item in batch if item.samples]
         picks = sample(logits, drawing, _known(batch))
         _keep_prompt_logprobs(batch, picks[len(drawing) :])

@@ -70,6 +70,23 @@ def test_each_group_has_the_plan_of_its_segments(shared):
         assert plans[group].buffer[:used].tolist() == want[:used].tolist(), group
 
 
+def test_plans_of_the_same_segments_are_left_as_they_are():
+    """And of others written anew: what is read is what a buffer filled for the first time holds."""
+    layout, other = bucket(["qkv", "o"]), (Segment(0, 2, (5,), (1.0,)),)
+    kept = {"qkv": SEGMENTS, "o": other}
+    out, used = filled(layout, step(kept))
+    out[layout._places["o"]] = -7
+    again = layout.fill(out, step(kept), used)
+    assert out[layout._places["o"]] == -7, "written again for the same segments"
+    assert (again.size, again.deltas) == (used.size, used.deltas)
+    for segments in ({"qkv": other, "o": SEGMENTS}, {"qkv": (), "o": other}, {"qkv": SEGMENTS}):
+        used = layout.fill(out, step(segments), used)
+        want, _ = filled(layout, step(segments))
+        plans = [layout.view(torch.from_numpy(each)).plans.deltas for each in (out, want)]
+        for group, size in used.deltas.items():
+            assert plans[0][group].buffer[:size].tolist() == plans[1][group].buffer[:size].tolist()
+
+
 def test_attention_comes_last_for_its_end_varies_most():
     layout = bucket(["qkv"])
     inputs = step({"qkv": SEGMENTS})

@@ -3,6 +3,8 @@
 What is shown: the same logits as the CPU's own path, replayed steps equal to eager ones, and nothing waited for.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -137,6 +139,45 @@ def test_a_replay_gives_the_bits_of_the_step_run_as_it_comes(folder, cuda, monke
     assert [entry[0] for entry in cuda.log] == ["synchronize", "record", "replay"]
     assert torch.equal(got, eager.forward(second))
     assert got.shape == (3, 64)
+
+
+def test_a_step_that_was_prepared_is_sent_with_the_tokens_it_has_then(folder, cuda, monkeypatch):
+    """It is written in full before the step before has ended; to be sent it waits for nothing."""
+    servable = servable_of(folder, cuda_kernels(CPU, fixed=True))
+    groups = list(servable.layout.groups)
+    monkeypatch.setattr("server.model.graphs.BUCKETS", (4,))
+    plain = device_runner(servable, fixed=True)
+    ahead = device_runner(servable, GraphSizes(sequences=4, length=40, pages=2), fixed=True)
+    ahead.capture(lambda *_: None)
+    first = prompts(LENGTHS, groups)
+    plain.forward(first)
+    ahead.forward(first)
+    segments = decodes(LENGTHS, groups).segments
+    for turn in range(5):  # each buffer is used again, with the segments it holds
+        lengths = [length + turn for length in LENGTHS]
+        step = replace(decodes(lengths, groups), segments=segments)
+        made = replace(step, token_ids=np.zeros(3, np.int64))
+        assert ahead.prepare(made)
+        if turn == 2:  # another comes instead
+            other = decodes(LENGTHS, groups, adapters=False)
+            assert torch.equal(ahead.forward(other), plain.forward(other))
+            assert ahead.prepare(made)
+        made.token_ids[:] = step.token_ids
+        cuda.log.clear()
+        got = ahead.forward(made)
+        assert [entry[0] for entry in cuda.log] == ["record", "replay"]
+        assert torch.equal(got, plain.forward(step))
+    assert torch.equal(ahead.forward(made), plain.forward(step)), "sent twice"
+
+
+def test_a_step_without_a_graph_is_prepared_too(folder, cuda):
+    servable = servable_of(folder, cuda_kernels(CPU, fixed=True))
+    runner, plain = device_runner(servable, fixed=True), device_runner(servable, fixed=True)
+    step = prompts(LENGTHS, list(servable.layout.groups))
+    assert not runner.prepare(step), "the host has most of its work before it"
+    cuda.log.clear()
+    assert torch.equal(runner.forward(step), plain.forward(replace(step)))
+    assert [entry[0] for entry in cuda.log][:1] == ["record"]
 
 
 def test_which_steps_are_replayed(folder, cuda):
