@@ -12,11 +12,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
 from adapters.adapter import Adapter
 from adapters.errors import AdapterError
 from adapters.tally import Tally
+from adapters.threads import compute_on
 
 
 class Loader:
@@ -41,7 +40,7 @@ class Loader:
         self._on_ready = on_ready
         # One thread each: helpers that a read leaves behind would count as busy with OpenMP, and from then on a step's
         # helpers would go to sleep between any two products.
-        self._executor = ThreadPoolExecutor(threads, "adapter-loader", torch.set_num_threads, (1,))
+        self._executor = ThreadPoolExecutor(threads, "adapter-loader", compute_on, (1,))
         self._lock = threading.Lock()
         self._cached: OrderedDict[str, Adapter] = OrderedDict()
         self._oversize: dict[str, Adapter] = {}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, cuda
 
 from adapters.page_copy import PageCopy, SitePages
+from adapters.threads import compute_on
 
 SLOTS = 4
 
@@ -50,7 +51,7 @@ class SideStream:
         self._next = itertools.cycle(self._slots)
         self._stream = cuda.Stream(sites[0].a.device)
         self._on_done = on_done
-        self._executor = ThreadPoolExecutor(1, "adapter-copier", torch.set_num_threads, (1,))
+        self._executor = ThreadPoolExecutor(1, "adapter-copier", compute_on, (1,))
 
     def copy(self, copies: Sequence[PageCopy]) -> Future[float]:
         """Begin to write. Called by the thread that runs steps: what it has launched may still read these pages."""

@@ -38,9 +38,11 @@ LAST_WORDS_SECONDS = 1.0  # for open streams to say why they end, after a second
 
 def _compute_alone() -> None:
     """The calling thread gets no helpers from torch: `adapters/loader.py` says what they would cost."""
-    import torch  # only `serve` needs it, and only on its threads
+    from adapters.threads import (
+        compute_on,  # which brings torch: only `serve` needs it, and only on its threads
+    )
 
-    torch.set_num_threads(1)
+    compute_on(1)
 
 
 class _Server(uvicorn.Server):
@@ -105,10 +107,7 @@ class Life:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
-        loop.set_default_executor(
-            ThreadPoolExecutor(thread_name_prefix="blocking", initializer=_compute_alone)
-        )
-        loading = threading.Thread(target=self._load_model, name="load", daemon=True)
+        loading = threading.Thread(target=self._load_model, args=(loop,), name="load", daemon=True)
         loading.start()
         watching = asyncio.create_task(self._watch(began))
         await self._server.serve(sockets=[listener])
@@ -119,10 +118,13 @@ class Life:
             os._exit(self._exit_code)
         return self._exit_code
 
-    def _load_model(self) -> None:
+    def _load_model(self, loop: asyncio.AbstractEventLoop) -> None:
         serving = self._serving
         try:
             self._load(self._settings, serving)
+            # not before: torch gives every new thread the number that was set last, and loading wants all of them
+            alone = ThreadPoolExecutor(thread_name_prefix="blocking", initializer=_compute_alone)
+            loop.call_soon_threadsafe(loop.set_default_executor, alone)
         except Exception as error:
             logger.debug("loading failed", exc_info=error)
             serving.detail = _reason(error)

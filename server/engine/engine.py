@@ -17,6 +17,7 @@ from itertools import chain
 
 import torch
 
+from adapters.threads import compute_on
 from server.engine.batch import Inputs, in_row_order
 from server.engine.sampler import Drawn, Known, Pick, draw
 from server.engine.scheduler import Residency, Scheduled, Scheduler
@@ -240,7 +241,7 @@ class Engine:
 
     def _loop(self) -> None:
         if self._threads is not None:
-            torch.set_num_threads(self._threads)  # counts for the calling thread only
+            compute_on(self._threads)
         try:
             idle = True
             while self._take_commands(wait=idle):
