@@ -31,9 +31,8 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 def install_compiled_layers(
     model: PreTrainedModel, kernels: Kernels, attention: Sequence[AttentionLayer]
-) -> int:
-    """Let every layer that can be run so be run so; returns how many. Linears and norms are in their places already."""
-    replaced = 0
+) -> None:
+    """Let every layer that can be run so be run so. Linears and norms are in their places already."""
     assert kernels.layers is not None
     device, dtype = cast(torch.device, model.device), cast(torch.dtype, model.dtype)
     for layer in model.modules():
@@ -44,8 +43,6 @@ def install_compiled_layers(
         compiled = CompiledLayer(layer.forward, parts, run)
         if _answers_alike(compiled, kernels, device, dtype):
             layer.forward = compiled
-            replaced += 1
-    return replaced
 
 
 def _usual_parts(layer: nn.Module, attention: Sequence[AttentionLayer]) -> LayerParts | None:
