@@ -35,6 +35,7 @@ from tests.bench.figures import Figure, Results
 from tests.bench.gpu_contestants import Segments, decode_seconds, looping, peft_seconds
 from tests.bench.gpu_model import GROWTH, LLAMA_8B, TINY, Engine, random_llama
 from tests.bench.gpu_products import ROWS, Linears, all_layers, product_seconds
+from tests.bench.gpu_profile import kernel_seconds
 from tests.bench.gpu_timing import called, copy_bandwidth, host_bandwidth, wake
 from tests.bench.gpu_traffic import disturbances
 from tests.bench.random_llama import RANK, Shape
@@ -166,7 +167,7 @@ class Bench:
             positions=(max(plan.batches) + 1) * (max(plan.context, plan.prompt // 2) + GROWTH),
             buckets=plan.batches,
         )
-        for part in (self._decode, self._prefill, self._deltas, self._load):
+        for part in (self._decode, self._prefill, self._deltas, self._load, self._kernels):
             wake(self.device)  # by now kernels were compiled and graphs captured, or memory was filled
             part(engine)
 
@@ -233,6 +234,13 @@ class Bench:
                 engine.pool.forget(adapter.generation)
             side.close()
             self.note("load", (rank,), statistics.median(seconds), adapter.nbytes / self.host_bandwidth)
+
+    def _kernels(self, engine: Engine) -> None:
+        """Where the main step's time goes."""
+        batch = self.plan.main_batch
+        for kind, adapters in (("base", [None] * batch), ("distinct", list(range(batch)))):
+            for name, seconds in kernel_seconds(engine, adapters, self.plan.context).items():
+                self.note("kernel", (kind, name), seconds)
 
     def batch_invariant(self) -> None:
         """The same step with fixed tiles, which gives a row the same bits in any batch."""
