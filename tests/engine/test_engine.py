@@ -193,7 +193,7 @@ def test_a_fatal_error_ends_every_stream_and_the_engine(error, caplog):
 
 def test_stop_ends_streams_with_an_error():
     async def scene(bench):
-        stream = await started(bench.engine, submit("cut", max_tokens=90))
+        stream = await started(bench.engine, submit("cut", max_tokens=900))
         waiting = asyncio.create_task(read(bench.engine, submit("waits")))
         await until(lambda: bench.engine.stats().waiting == 1)
         await asyncio.to_thread(bench.engine.stop, PATIENCE)
@@ -206,7 +206,7 @@ def test_stop_ends_streams_with_an_error():
         with pytest.raises(EngineDeadError):
             await read(bench.engine, submit("late"))
 
-    with Bench(blocks=64, sequences=1) as bench:
+    with Bench(blocks=512, sequences=1) as bench:
         run(scene(bench))
 
 
