@@ -203,7 +203,7 @@ class Bench:
         """The measures' medians, kept as lines of the results."""
         seconds = in_turn(measures, self.plan.rounds, name)
         for key, value in seconds.items():
-            self.results.add(name=name, case=list(key), seconds=round(value, 6))
+            self.results.add(name=name, case=list(key), seconds=round(value, 9))
         return seconds
 
     def _ratio(

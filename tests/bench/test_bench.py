@@ -111,7 +111,7 @@ def test_a_run_over_a_tiny_shape_gives_every_figure(made, tmp_path, monkeypatch)
         ("decode", "bitsandbytes-float32", 16),
         ("adapters", "zipf", 16),
     } <= timed
-    assert all(line["seconds"] >= 0 for line in lines if "case" in line), "tiny steps may be told together"
+    assert all(line["seconds"] > 0 for line in lines if "case" in line)
 
 
 def test_bitsandbytes_multiplies_in_the_dtype_that_was_chosen(made, tmp_path):
