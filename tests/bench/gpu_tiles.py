@@ -26,9 +26,10 @@ import torch
 from kernels.lookup import Lookup
 from kernels.nf4 import launch
 from kernels.nf4_decode import NF4Weight
-from kernels.tiles import BLOCK, Order, Tile, tile_for
+from kernels.tiles import Order, Tile, tile_for
 from kernels.workspace import Workspace
-from tests.bench.gpu_model import LLAMA_8B
+from server.model.cuda import TritonLinear
+from tests.bench.gpu_model import LLAMA_8B, nf4_linear
 from tests.bench.gpu_products import joined_shapes
 from tests.bench.gpu_timing import captured, copies_of, rotating
 
@@ -59,8 +60,9 @@ def candidates(rows: int, splits: Sequence[int]) -> list[Tile]:
 
 
 def _weight(width: int, out: int) -> NF4Weight:
-    packed = torch.randint(0, 256, (out * width // 2,), dtype=torch.uint8, device="cuda")
-    return NF4Weight.of(packed, torch.rand(out * width // BLOCK, device="cuda") * 0.02 + 0.01, (out, width))
+    device = torch.device("cuda")
+    linear = nf4_linear(width, out, device)
+    return TritonLinear.of(Workspace(device), False, [linear], torch.bfloat16).weight
 
 
 def _compile(tiles: multiprocessing.Queue[Tile], done: multiprocessing.Queue[Tile], deadline: float) -> None:
