@@ -77,16 +77,6 @@ class Drawn:
         return picks
 
 
-def sample(
-    logits: Tensor,  # [sequences + known, vocabulary] float32
-    sequences: Rows[Sequence],
-    known: Rows[Known] = (),
-    mask: Tensor | None = None,  # [sequences, vocabulary]
-) -> list[Pick | None]:
-    """`draw`, and wait for it."""
-    return draw(logits, sequences, known, mask).picks()
-
-
 @torch.inference_mode()
 def draw(
     logits: Tensor,  # [sequences + known, vocabulary] float32

@@ -18,7 +18,7 @@ from adapters.loader import Loader
 from adapters.pool import Pool
 from server.engine.blocks import Blocks
 from server.engine.engine import Engine
-from server.engine.sampler import Pick, sample
+from server.engine.sampler import Pick, draw
 from server.engine.scheduler import Limits, Residency, Scheduler
 from server.engine.sequence import Finished, Logprobs, PromptLogprobs, Sampling, Sequence, Submit, Token
 
@@ -28,6 +28,11 @@ GROUP = "attn"
 LAYOUT = Layout(
     (Site(GROUP, 4, (Member("layers.0.attn.q", 4),)), Site("mlp", 4, (Member("layers.0.mlp.up", 4),)))
 )
+
+
+def sample(logits, sequences, known=(), mask=None):
+    """What `draw` gives, waited for."""
+    return draw(logits, sequences, known, mask).picks()
 
 
 def make_adapter(generation: str, rank: int = 8, mark: float | None = None) -> Adapter:

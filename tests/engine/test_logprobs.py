@@ -5,10 +5,10 @@ import asyncio
 import pytest
 import torch
 
-from server.engine.sampler import Known, sample
+from server.engine.sampler import Known
 from server.engine.sequence import Finished, Logprobs
 from server.errors import LoraplexError
-from tests.engine.fakes import Bench, logprobs_of, make_adapter, read_events, sequence, submit
+from tests.engine.fakes import Bench, logprobs_of, make_adapter, read_events, sample, sequence, submit
 
 ADAPTERS = [make_adapter("a"), make_adapter("b", 20)]
 

@@ -14,9 +14,17 @@ from adapters.page_copy import copy_now
 from server.engine import batch as batches
 from server.engine import scheduler as module
 from server.engine.engine import _keep_prompt_logprobs, _known
-from server.engine.sampler import sample
 from server.engine.scheduler import MAX_PASSED
-from tests.engine.fakes import BLOCK, Parts, make_adapter, prompt_logprobs, sequence, step_inputs_rows, submit
+from tests.engine.fakes import (
+    BLOCK,
+    Parts,
+    make_adapter,
+    prompt_logprobs,
+    sample,
+    sequence,
+    step_inputs_rows,
+    submit,
+)
 
 ADAPTERS = [make_adapter("a"), make_adapter("b"), make_adapter("wide", 40), make_adapter("c", 17)]
 LONGEST = 40  # tokens of prompt and output together

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
-from server.engine.sampler import Pick, _shape, sample
-from tests.engine.fakes import sampled, sequence
+from server.engine.sampler import Pick, _shape
+from tests.engine.fakes import sample, sampled, sequence
 
 VOCAB = 40
 
