@@ -80,9 +80,7 @@ def _splits(tile: Tile, out: int, width: int, rows: int, processors: int) -> int
     """The fewest, a power of two, that give every processor its programs."""
     turns = width // BLOCK // tile.blocks
     programs = -(-out // tile.columns) * -(-rows // tile.rows)
-    splits = 1
-    while programs * splits < tile.plenty * processors and splits < _MOST_SPLITS:
-        if turns // (2 * splits) < _LEAST_TURNS:
-            break
+    most, splits = min(_MOST_SPLITS, turns // _LEAST_TURNS), 1
+    while programs * splits < tile.plenty * processors and 2 * splits <= most:
         splits *= 2
     return splits

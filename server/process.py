@@ -36,15 +36,6 @@ STOP_SECONDS = 10.0  # for the engine to leave after its last sequence
 LAST_WORDS_SECONDS = 1.0  # for open streams to say why they end, after a second signal
 
 
-def _compute_alone() -> None:
-    """The calling thread gets no helpers from torch: `adapters/loader.py` says what they would cost."""
-    from adapters.threads import (
-        compute_on,  # which brings torch: only `serve` needs it, and only on its threads
-    )
-
-    compute_on(1)
-
-
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers, which would stop at once and exit by the signal."""
 
@@ -122,8 +113,13 @@ class Life:
         serving = self._serving
         try:
             self._load(self._settings, serving)
-            # not before: torch gives every new thread the number that was set last, and loading wants all of them
-            alone = ThreadPoolExecutor(thread_name_prefix="blocking", initializer=_compute_alone)
+            from adapters.threads import (
+                compute_on,  # which brings torch: only `serve` needs it, and it is here now
+            )
+
+            # not before: torch gives every new thread the number that was set last, and loading wants all of them;
+            # `adapters/loader.py` says what more than one would cost
+            alone = ThreadPoolExecutor(None, "blocking", compute_on, (1,))
             loop.call_soon_threadsafe(loop.set_default_executor, alone)
         except Exception as error:
             logger.debug("loading failed", exc_info=error)

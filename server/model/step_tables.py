@@ -58,12 +58,14 @@ class StepLayout:
     @classmethod
     def of(cls, inputs: StepInputs, block_size: int, group: int, fixed: bool) -> StepLayout:
         """Just as large as the step; `group` query heads share a key head."""
-        longest = max((span.end - span.start for span in inputs.spans), default=1)
+        spans = FlatSpans.of(inputs.spans)
+        start, end, *_ = spans.table.T
+        longest = int((end - start).max(initial=1))
         return cls(
             rows=len(inputs.token_ids),
             wanted=len(inputs.logits_rows),
             most_pages={g: max(len(s.pages) for s in segments) for g, segments in inputs.segments.items() if segments},
-            most_blocks=len(FlatSpans.of(inputs.spans).blocks),
+            most_blocks=len(spans.blocks),
             block_size=block_size,
             queries=AttentionPlan.tile_queries(group, longest, fixed=fixed),
             fixed=fixed,
