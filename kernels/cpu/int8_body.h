@@ -75,25 +75,32 @@ static INT8_TARGET void NAME(round_row)(const float *x, int64_t row, int64_t row
     }
 }
 
-/* Vector v of the weights of columns 4g .. 4g + 3, plus 128. Where the look-up has ports of its own beside the dot product's,
- * codes are looked up as they are read, for every tile again; else once for all tiles, into [BLOCK / 4][STRIP] dwords. */
-#if ISA == ISA_AVX512
-static inline INT8_TARGET IVEC NAME(int8_weights)(const uint8_t *codes, int64_t g, int64_t v) {
-    const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)INT8_VALUES));
-    const __m512i pairs = _mm512_loadu_si512(codes + (g / 2 * STRIP + v * LANES) * 4);
-    const __m512i low = _mm512_and_si512(g % 2 ? _mm512_srli_epi16(pairs, 4) : pairs, _mm512_set1_epi8(15));
-    return (IVEC)_mm512_shuffle_epi8(values, low);
-}
-#define WEIGHTS(codes, w) ((void)(w), (codes))
-#else
-static inline INT8_TARGET IVEC NAME(int8_weights)(const uint8_t *w, int64_t g, int64_t v) {
-    return iload(w + (g * STRIP + v * LANES) * 4);
+/* Vector v of the weights of the four columns from 8g + 4i on, plus 128: decoded before, into [BLOCK / 4][STRIP] dwords, or now. */
+static inline INT8_TARGET IVEC NAME(int8_weights)(const uint8_t *w, int g, int i, int v) {
+    return iload(w + ((2 * g + i) * STRIP + v * LANES) * 4);
 }
 
-static INT8_TARGET const uint8_t *NAME(int8_unpack)(const uint8_t *codes, uint8_t *w) {
-#if ISA == ISA_AVX2
+#if ISA == ISA_AVX512
+static inline INT8_TARGET IVEC NAME(code_weights)(const uint8_t *codes, int g, int i, int v) {
+    const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)INT8_VALUES));
+    const __m512i pairs = _mm512_loadu_si512(codes + (g * STRIP + v * LANES) * 4);
+    const __m512i low = _mm512_and_si512(i ? _mm512_srli_epi16(pairs, 4) : pairs, _mm512_set1_epi8(15));
+    return (IVEC)_mm512_shuffle_epi8(values, low);
+}
+#endif
+
+static INT8_TARGET void NAME(int8_unpack)(const uint8_t *codes, uint8_t *w) {
+#if ISA == ISA_AVX512
+    for (int g = 0; g < BLOCK / 8; g++) {
+        ask_ahead(codes + g * NF4_BYTES / 8, NF4_BYTES / 8);
+        for (int i = 0; i < 2; i++)
+            for (int v = 0; v < VECTORS; v++)
+                _mm512_storeu_si512(w + ((2 * g + i) * STRIP + v * LANES) * 4, (__m512i)NAME(code_weights)(codes, g, i, v));
+    }
+#elif ISA == ISA_AVX2
     const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)INT8_VALUES)), low = _mm256_set1_epi8(15);
     for (int at = 0; at < NF4_CODES; at += 32) {
+        PREFETCH(codes + at, AHEAD);
         uint8_t *to = w + at / (STRIP * 4) * (STRIP * 8) + at % (STRIP * 4);
         const __m256i both = _mm256_loadu_si256((const void *)(codes + at));
         _mm256_storeu_si256((void *)to, _mm256_shuffle_epi8(values, _mm256_and_si256(both, low)));
@@ -107,63 +114,79 @@ static INT8_TARGET const uint8_t *NAME(int8_unpack)(const uint8_t *codes, uint8_
         to[STRIP * 4] = INT8_VALUES[codes[at] >> 4];
     }
 #endif
-    return w;
 }
-#define WEIGHTS(codes, w) NAME(int8_unpack)(codes, w)
-#endif
 
+#define COLUMNS_int8 _Pragma("GCC unroll 1")
+#define COLUMNS_code _Pragma("GCC unroll 2")
 #define DEFINE_INT8_TILE(KIND, ROWS, WIDE) \
-    static inline INT8_TARGET void NAME(KIND##_tile_##ROWS)(const int8_row *x, const uint8_t *w, const float *scale, float *y) { \
-        for (int first = 0; first < VECTORS; first += WIDE, w += WIDE * LANES * 4, scale += WIDE * LANES, y += WIDE * LANES) { \
+    static inline INT8_TARGET void NAME(KIND##_tile_##ROWS)(const int8_row *x, const uint8_t *w, const float *scale, float *y, int64_t ask) { \
+        for (int first = 0; first < VECTORS; first += WIDE, scale += WIDE * LANES, y += WIDE * LANES, ask = 0) { \
             IVEC sums[ROWS][WIDE]; \
             _Pragma("GCC unroll 12") for (int r = 0; r < ROWS; r++) \
                 _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) sums[r][v] = iset1(x[r].start); \
-            _Pragma("GCC unroll 2") for (int g = 0; g < BLOCK / 4; g++) { \
-                IVEC weights[WIDE]; \
-                _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) weights[v] = NAME(int8_weights)(w, g, v); \
-                _Pragma("GCC unroll 12") for (int r = 0; r < ROWS; r++) { \
-                    const IVEC values = iset1(x[r].dwords[g]); \
-                    _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) \
-                        sums[r][v] = idot(sums[r][v], weights[v], values); \
+            for (int pair = 0; pair < BLOCK / 8; pair++) { \
+                ask_ahead(w + pair * ask, ask); \
+                COLUMNS_##KIND for (int i = 0; i < 2; i++) { \
+                    IVEC weights[WIDE]; \
+                    _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) weights[v] = NAME(KIND##_weights)(w, pair, i, first + v); \
+                    _Pragma("GCC unroll 12") for (int r = 0; r < ROWS; r++) { \
+                        const IVEC values = iset1(x[r].dwords[2 * pair + i]); \
+                        _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) \
+                            sums[r][v] = idot(sums[r][v], weights[v], values); \
+                    } \
                 } \
             } \
-            _Pragma("GCC unroll 12") for (int r = 0; r < ROWS; r++) \
+            VEC scales[WIDE]; \
+            _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) scales[v] = vload(scale + v * LANES); \
+            _Pragma("GCC unroll 12") for (int r = 0; r < ROWS; r++) { \
+                const VEC of_row = vset1(x[r].scale); \
                 _Pragma("GCC unroll 4") for (int v = 0; v < WIDE; v++) { \
                     float *to = y + r * STRIP + v * LANES; \
-                    const VEC sum = vmul(ifloat(sums[r][v]), vset1(x[r].scale)); \
-                    vstore(to, vfma(sum, vload(scale + v * LANES), vload(to))); \
+                    vstore(to, vfma(vmul(ifloat(sums[r][v]), of_row), scales[v], vload(to))); \
                 } \
+            } \
         } \
     }
-LOW_TILES(DEFINE_INT8_TILE, int8)
 
-static INT8_TARGET void NAME(int8_tile)(int64_t rows, const int8_row *x, const uint8_t *w, const float *scale, float *y) {
 #define RUN_INT8_TILE(KIND, ROWS, WIDE) \
     case ROWS: \
-        NAME(int8_tile_##ROWS)(x, w, scale, y); \
+        NAME(KIND##_tile_##ROWS)(x + first, w, scale, y + first * STRIP, first ? 0 : ask); \
         break;
-    switch (rows) { LOW_TILES(RUN_INT8_TILE, int8) }
-#undef RUN_INT8_TILE
-}
+
+#define DEFINE_INT8_BLOCK(KIND, TILES, HIGHEST) \
+    TILES(DEFINE_INT8_TILE, KIND) \
+    static INT8_TARGET void NAME(KIND##_block)(int64_t rows, const int8_row *x, const uint8_t *w, const float *scale, float *y, int64_t ask) { \
+        int64_t tiles = (rows + HIGHEST - 1) / HIGHEST; \
+        for (int64_t first = 0, count; first < rows; first += count, tiles--) { \
+            count = (rows - first + tiles - 1) / tiles; \
+            switch (count) { TILES(RUN_INT8_TILE, KIND) } \
+        } \
+    }
+
+DEFINE_INT8_BLOCK(int8, TILES, TILE_ROWS)
+#if ISA == ISA_AVX512
+DEFINE_INT8_BLOCK(code, DECODING_TILES, DECODING_ROWS)
+#endif
 
 static INT8_TARGET void NAME(int8_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
                                          float *y) {
-    _Alignas(64) uint8_t unpacked[BLOCK * STRIP];
+    _Alignas(64) uint8_t w[BLOCK * STRIP];
     for (int64_t b = 0; b < blocks; b++) {
         const uint8_t *codes = strip + b * NF4_BYTES;
+        const float *scale = (const float *)(codes + NF4_CODES);
         const int8_row *values = (const int8_row *)x + b * all_rows;
-        ask_ahead(codes, NF4_BYTES);
-        const uint8_t *w = WEIGHTS(codes, unpacked);
-        int64_t tiles = (rows + LOW_ROWS - 1) / LOW_ROWS;
-        for (int64_t first = 0, count; first < rows; first += count, tiles--) {
-            count = (rows - first + tiles - 1) / tiles;
-            NAME(int8_tile)(count, values + first, w, (const float *)(codes + NF4_CODES), y + first * STRIP);
+#if ISA == ISA_AVX512
+        if (rows <= DECODING_ROWS) {
+            NAME(code_block)(rows, values, codes, scale, y, NF4_BYTES / 8);
+            continue;
         }
+#endif
+        NAME(int8_unpack)(codes, w);
+        NAME(int8_block)(rows, values, w, scale, y, 0);
     }
 }
 
 #undef INT8_TARGET
-#undef WEIGHTS
 #undef BYTES
 #undef IVEC
 #undef iload
@@ -171,12 +194,18 @@ static INT8_TARGET void NAME(int8_strip)(const void *x, int64_t all_rows, int64_
 #undef idot
 #undef ifloat
 #undef DEFINE_INT8_TILE
+#undef DEFINE_INT8_BLOCK
+#undef RUN_INT8_TILE
 #undef DEFINE_TILE
 #undef DEFINE_BLOCK
 #undef RUN_TILE
-#undef COLUMNS
-#undef LOW_TILES
-#undef LOW_ROWS
-#undef HIGH_TILES
-#undef HIGH_ROWS
+#undef COLUMNS_f32
+#undef COLUMNS_bf16
+#undef COLUMNS_nf4
+#undef COLUMNS_int8
+#undef COLUMNS_code
+#undef TILES
+#undef TILE_ROWS
+#undef DECODING_TILES
+#undef DECODING_ROWS
 #undef VECTORS

@@ -11,13 +11,12 @@
 
 #define AHEAD 4608 /* bytes: weights are asked for this long before they are read, about a memory access's time */
 
-/* Ask for the block that is read AHEAD bytes after this one. Past the last it is asked for in vain, which costs nothing. */
-static inline void ask_ahead(const uint8_t *block, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) PREFETCH(block, AHEAD + at);
+/* Ask for what is read AHEAD bytes after this. Past the last weights it is asked for in vain, which costs nothing. */
+static inline void ask_ahead(const uint8_t *from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) PREFETCH(from, AHEAD + at);
 }
 
-static const float ONES[STRIP] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-                                  1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+static const float ONES[STRIP] = {[0 ... STRIP - 1] = 1};
 
 /* One row's values in one block, rounded: x = scale * 127 * values, start = -128 * their sum. */
 typedef struct {
@@ -75,7 +74,8 @@ static int64_t strips_of(int64_t n) { return (n + STRIP - 1) / STRIP; }
 static int64_t blocks_of(int64_t k) { return (k + BLOCK - 1) / BLOCK; }
 
 static void pack_pairs(const uint8_t *from, int64_t r, uint8_t *to) {
-    for (int j = 0; j < BLOCK / 2; j++) to[j * STRIP + PLACE(r)] = from[j];
+    to += r / HALF * (HALF * BLOCK / 2) + PLACE(r % HALF);
+    for (int j = 0; j < BLOCK / 2; j++) to[j * HALF] = from[j];
 }
 
 static void pack_dwords(const uint8_t *from, int64_t r, uint8_t *to) {
@@ -188,7 +188,7 @@ static void write_sums(const product *p, int64_t s, int64_t row, int64_t rows, c
 static void multiply_strips(const product *p, int64_t from, int64_t to, float *sums) {
     for (int64_t row = 0; row < p->rows; row += CHUNK) {
         const int64_t rows = least(CHUNK, p->rows - row);
-        const int64_t near = NEAR / p->kernel.row_bytes / rows;
+        const int64_t near = rows == 1 ? 1 : NEAR / p->kernel.row_bytes / rows; /* a row alone waits for memory: four streams */
         for (int64_t s = from; s < to; s++) start_sums(p, s, rows, sums + (s - from) * CHUNK * STRIP);
         for (int64_t b = 0; b < p->blocks; b += near)
             for (int64_t s = from; s < to; s++)

@@ -9,33 +9,15 @@ static inline TARGET VEC NAME(nf4_weights)(const void *codes, int g, int i, int 
     return _mm512_permutexvar_ps(shift ? _mm512_srli_epi32(dwords, shift) : dwords, _mm512_loadu_ps(NF4_VALUES));
 }
 
-DEFINE_BLOCK(nf4)
+DEFINE_BLOCK(nf4, DECODING_TILES, DECODING_ROWS)
 
-/* `count` blocks of one row of x at a time: the two sums of one block alone would wait for their own last addition. */
-INLINE void NAME(nf4_row_blocks)(const float *x, const uint8_t *codes, VEC totals[2], const int count) {
-    VEC sums[2][2] = {{vzero(), vzero()}, {vzero(), vzero()}};
+static TARGET void NAME(unpack)(const uint8_t *codes, float *w) {
     for (int g = 0; g < BLOCK / 8; g++) {
-        ask_ahead(codes + g * count * (NF4_BYTES / 8), count * NF4_BYTES / 8);
+        ask_ahead(codes + g * NF4_BYTES / 8, NF4_BYTES / 8);
         _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++)
-            _Pragma("GCC unroll 2") for (int b = 0; b < count; b++) {
-                const VEC value = vset1(x[b * BLOCK + 8 * g + i]);
-                _Pragma("GCC unroll 2") for (int v = 0; v < 2; v++)
-                    sums[b][v] = vfma(NAME(nf4_weights)(codes + b * NF4_BYTES, g, i, v), value, sums[b][v]);
-            }
+            _Pragma("GCC unroll 4") for (int v = 0; v < VECTORS; v++)
+                vstore(w + (8 * g + i) * STRIP + v * LANES, NAME(nf4_weights)(codes, g, i, v));
     }
-    for (int b = 0; b < count; b++) {
-        const float *scale = (const float *)(codes + b * NF4_BYTES + NF4_CODES);
-        for (int v = 0; v < 2; v++) totals[v] = vfma(sums[b][v], vload(scale + v * LANES), totals[v]);
-    }
-}
-
-/* One row of x: products straight from the registers that codes are looked up in. */
-static TARGET void NAME(nf4_row)(const float *x, const uint8_t *strip, int64_t blocks, float *y) {
-    VEC totals[2] = {vload(y), vload(y + LANES)};
-    int64_t b = 0;
-    for (; b + 2 <= blocks; b += 2) NAME(nf4_row_blocks)(x + b * BLOCK, strip + b * NF4_BYTES, totals, 2);
-    if (b < blocks) NAME(nf4_row_blocks)(x + b * BLOCK, strip + b * NF4_BYTES, totals, 1);
-    for (int v = 0; v < 2; v++) vstore(y + v * LANES, totals[v]);
 }
 
 #elif ISA == ISA_AVX2
@@ -80,75 +62,81 @@ static inline TARGET void floats_of_codes(byte_tables tables, __m256i codes, __m
 static inline TARGET void NAME(unpack)(const uint8_t *codes, float *w) {
     const byte_tables tables = tables_of_values();
     const __m256i low = _mm256_set1_epi8(15);
-    for (int j = 0; j < BLOCK / 2; j++) {
-        const __m256i pair = _mm256_loadu_si256((const void *)(codes + j * STRIP));
-        __m256 first[4], second[4];
-        floats_of_codes(tables, high_nibbles(tables, pair), first);
-        floats_of_codes(tables, _mm256_and_si256(pair, low), second);
-        float *to = w + 2 * j * STRIP;
-        for (int v = 0; v < 4; v++) {
-            vstore(to + v * LANES, first[v]);
-            vstore(to + STRIP + v * LANES, second[v]);
+    const uint8_t *ask = codes;
+    for (int half = 0; half < STRIP; half += HALF)
+        for (int j = 0; j < BLOCK / 2; j++, codes += HALF, ask += NF4_BYTES / BLOCK) {
+            const __m256i pair = _mm256_loadu_si256((const void *)codes);
+            PREFETCH(ask, AHEAD);
+            __m256 first[4], second[4];
+            floats_of_codes(tables, high_nibbles(tables, pair), first);
+            floats_of_codes(tables, _mm256_and_si256(pair, low), second);
+            float *to = w + 2 * j * STRIP + half;
+            for (int v = 0; v < 4; v++) {
+                vstore(to + v * LANES, first[v]);
+                vstore(to + STRIP + v * LANES, second[v]);
+            }
         }
-    }
 }
 
 /* One row of x: products straight from the registers that unpacking fills. */
 static TARGET void NAME(nf4_row)(const float *x, const uint8_t *strip, int64_t blocks, float *y) {
     const byte_tables tables = tables_of_values();
     const __m256i low = _mm256_set1_epi8(15);
-    for (int64_t b = 0; b < blocks; b++) {
-        const uint8_t *codes = strip + b * NF4_BYTES;
+    for (int64_t b = 0; b < blocks; b++, x += BLOCK) {
+        const uint8_t *codes = strip + b * NF4_BYTES, *ask = codes;
         const float *scale = (const float *)(codes + NF4_CODES);
-        VEC sums[4] = {vzero(), vzero(), vzero(), vzero()}, w[4];
-        for (int j = 0; j < BLOCK / 2; j++) {
-            const __m256i pair = _mm256_loadu_si256((const void *)(codes + j * STRIP));
-            PREFETCH(codes, AHEAD + j * (NF4_BYTES / (BLOCK / 2)));
-            VEC value = vset1(x[b * BLOCK + 2 * j]);
-            floats_of_codes(tables, high_nibbles(tables, pair), w);
-            for (int v = 0; v < 4; v++) sums[v] = vfma(w[v], value, sums[v]);
-            value = vset1(x[b * BLOCK + 2 * j + 1]);
-            floats_of_codes(tables, _mm256_and_si256(pair, low), w);
-            for (int v = 0; v < 4; v++) sums[v] = vfma(w[v], value, sums[v]);
+        for (int half = 0; half < STRIP; half += HALF, scale += HALF) {
+            VEC sums[4] = {vzero(), vzero(), vzero(), vzero()}, w[4];
+            for (int j = 0; j < BLOCK / 2; j++, codes += HALF, ask += NF4_BYTES / BLOCK) {
+                const __m256i pair = _mm256_loadu_si256((const void *)codes);
+                PREFETCH(ask, AHEAD);
+                VEC value = vset1(x[2 * j]);
+                floats_of_codes(tables, high_nibbles(tables, pair), w);
+                for (int v = 0; v < 4; v++) sums[v] = vfma(w[v], value, sums[v]);
+                value = vset1(x[2 * j + 1]);
+                floats_of_codes(tables, _mm256_and_si256(pair, low), w);
+                for (int v = 0; v < 4; v++) sums[v] = vfma(w[v], value, sums[v]);
+            }
+            for (int v = 0; v < 4; v++)
+                vstore(y + half + v * LANES, vfma(sums[v], vload(scale + v * LANES), vload(y + half + v * LANES)));
         }
-        for (int v = 0; v < 4; v++)
-            vstore(y + v * LANES, vfma(sums[v], vload(scale + v * LANES), vload(y + v * LANES)));
     }
 }
 
 #else
 
 static void NAME(unpack)(const uint8_t *codes, float *w) {
-    for (int j = 0; j < BLOCK / 2; j++)
-        for (int r = 0; r < STRIP; r++) {
-            const uint8_t pair = codes[j * STRIP + PLACE(r)];
-            w[2 * j * STRIP + r] = NF4_VALUES[pair >> 4];
-            w[(2 * j + 1) * STRIP + r] = NF4_VALUES[pair & 15];
-        }
+    for (int half = 0; half < STRIP; half += HALF, w += HALF)
+        for (int j = 0; j < BLOCK / 2; j++, codes += HALF)
+            for (int r = 0; r < HALF; r++) {
+                const uint8_t pair = codes[PLACE(r)];
+                w[2 * j * STRIP + r] = NF4_VALUES[pair >> 4];
+                w[(2 * j + 1) * STRIP + r] = NF4_VALUES[pair & 15];
+            }
 }
 
-#endif
-
-#if ISA != ISA_AVX512
-static TARGET void NAME(nf4_block)(int64_t rows, const float *x, const uint8_t *codes, const float *scale, float *y) {
-    _Alignas(64) float w[BLOCK * STRIP];
-    NAME(unpack)(codes, w);
-    NAME(f32_block)(rows, x, w, scale, y);
-}
 #endif
 
 /* y[r][n] += sum over blocks of scale[n] * (w . x[r]). x: [blocks][all_rows][BLOCK], of which `rows` are taken. */
 static TARGET void NAME(nf4_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
                                    float *y) {
-#if ISA != ISA_PORTABLE
+#if ISA == ISA_AVX2
     if (all_rows == 1) {
         NAME(nf4_row)((const float *)x, strip, blocks, y);
         return;
     }
 #endif
+    _Alignas(64) float w[BLOCK * STRIP];
     for (int64_t b = 0; b < blocks; b++) {
         const uint8_t *block = strip + b * NF4_BYTES;
-        ask_ahead(block, NF4_BYTES);
-        NAME(nf4_block)(rows, (const float *)x + b * all_rows * BLOCK, block, (const float *)(block + NF4_CODES), y);
+        const float *values = (const float *)x + b * all_rows * BLOCK, *scale = (const float *)(block + NF4_CODES);
+#if ISA == ISA_AVX512
+        if (rows <= DECODING_ROWS) {
+            NAME(nf4_block)(rows, values, block, scale, y, NF4_BYTES / 8);
+            continue;
+        }
+#endif
+        NAME(unpack)(block, w);
+        NAME(f32_block)(rows, values, w, scale, y, 0);
     }
 }

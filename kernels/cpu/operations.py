@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.cpu.library import Library
 from kernels.segments import FlatSegments, Spans
 
-STRIP, BLOCK = 32, 64  # rows and columns that packed weights come in: packed.h
+STRIP, BLOCK = 64, 64  # rows and columns that packed weights come in: packed.h
 Kind = Literal["nf4", "int8", "bf16", "f32"]  # int8: NF4 codes that are multiplied in 8-bit integers
 _BLOCK_BYTES: dict[Kind, int] = {
     "nf4": STRIP * BLOCK // 2 + STRIP * 4,

@@ -1,21 +1,23 @@
-/* How weights lie in memory once packed: strips of 32 output rows, each a run of blocks of 64 columns, so that a strip is read
+/* How weights lie in memory once packed: strips of 64 output rows, each a run of blocks of 64 columns, so that a strip is read
  * as one stream. Rows past the matrix multiply to zero.
  *
- * An NF4 block is 1024 bytes of codes and then 32 float scales (bitsandbytes' absmax). Its codes lie in one of two orders,
+ * An NF4 block is 2048 bytes of codes and then 64 float scales (bitsandbytes' absmax). Its codes lie in one of two orders,
  * whichever the kernels unpack fastest:
  *
- *   pairs   byte [j][PLACE(r)] is bitsandbytes' own byte of row r and columns 2j (high nibble) and 2j + 1. PLACE puts a row
- *           where AVX2's unpacking of bytes to floats, which works on halves of a register, makes it lane r of its vector.
+ *   pairs   byte [r / 32][j][PLACE(r % 32)] is bitsandbytes' own byte of row r and columns 2j (high nibble) and 2j + 1. PLACE
+ *           puts a row where AVX2's unpacking of bytes to floats, which works on halves of a register, makes it lane r of its
+ *           vector.
  *   dwords  dword [g][r] holds columns 8g .. 8g + 7 of row r: byte i has column 8g + i low and 8g + 4 + i high. One shift
  *           and one permutation make sixteen floats (AVX-512).
  *
- * A block of plain weights is [64 columns][32 rows] of floats, or of their upper halves (bfloat16). */
+ * A block of plain weights is [64 columns][64 rows] of floats, or of their upper halves (bfloat16). */
 #ifndef LORAPLEX_PACKED_H
 #define LORAPLEX_PACKED_H
 
 #include "cpu.h"
 
-#define STRIP 32 /* rows of a strip */
+#define STRIP 64 /* rows of a strip */
+#define HALF 32  /* rows whose codes lie together in pairs */
 #define BLOCK 64 /* columns of a block: bitsandbytes' usual blocksize, and the only one that is packed */
 #define NF4_CODES (STRIP * BLOCK / 2)
 #define NF4_BYTES (NF4_CODES + STRIP * 4)
