@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tests.bench.contestants import PREFILL, Ours, Peft
+from tests.bench.contestants import PREFILL, Apart, Ours, Peft
 from tests.bench.figures import Figure, Results, Want
 from tests.bench.http import http_tokens_per_s
 from tests.bench.random_llama import Checkpoint, Shape, checkpoint
@@ -77,7 +77,7 @@ def in_turn(measures: Mapping[Any, Measure], rounds: int, what: str) -> dict[Any
     return {key: statistics.median(values) for key, values in seen.items()}
 
 
-def in_dtype(theirs: Ours, dtype: torch.dtype, measure: Measure) -> Measure:
+def in_dtype(theirs: Apart, dtype: torch.dtype, measure: Measure) -> Measure:
     """The measure, with bitsandbytes' products computed in that dtype."""
 
     def measured() -> float:
@@ -99,7 +99,7 @@ def read_bandwidth() -> float:
 
 
 class Bench:
-    """One run: the contestants, each loaded once, and the figures so far."""
+    """One run: the contestants, each loaded once in a process of its own, and the figures so far."""
 
     def __init__(self, made: Checkpoint, work: Path, plan: Plan, results: Results, stack: ExitStack) -> None:
         self.made, self.work, self.plan, self.results, self._stack = made, work, plan, results, stack
@@ -168,7 +168,9 @@ class Bench:
     def against_peft(self) -> None:
         """Aggregate tokens per second of a mixed batch, all adapters distinct."""
         theirs = "peft-" + str(self.peft_dtype).removeprefix("torch.")
-        contestants: dict[str, Any] = {**self.ours, theirs: Peft(self.made, 16, self.peft_dtype)}
+        peft = Apart(Peft, self.made, 16, self.peft_dtype)
+        self._stack.callback(peft.close)
+        contestants = {**self.ours, theirs: peft}
         cases: dict[Any, Measure] = {
             (who, batch): partial(c.decode, list(range(batch)), self._steps(who))
             for batch in (8, 16)
@@ -191,8 +193,8 @@ class Bench:
         )
         self._figure("http_vs_offline", served / offline, 0.85, "at least")
 
-    def _load(self, name: str, stack: ExitStack | None = None, adapters: int = 0, **settings: Any) -> Ours:
-        made = Ours(self.made, self.work / name, adapters, **settings)
+    def _load(self, name: str, stack: ExitStack | None = None, adapters: int = 0, **settings: Any) -> Apart:
+        made = Apart(Ours, self.made, self.work / name, adapters, **settings)
         (stack or self._stack).callback(made.close)
         return made
 
