@@ -24,7 +24,7 @@ static TARGET void NAME(bf16_strip)(const void *x, int64_t all_rows, int64_t row
             continue;
         }
         for (int i = 0; i < BLOCK * STRIP; i += LANES) {
-            PREFETCH(halves + i, AHEAD);
+            ask_ahead(halves + i, 1);
             vstore(w + i, vload_bf16(halves + i));
         }
         NAME(f32_block)(rows, values, w, ONES, y, 0);

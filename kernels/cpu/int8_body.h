@@ -100,7 +100,7 @@ static INT8_TARGET void NAME(int8_unpack)(const uint8_t *codes, uint8_t *w) {
 #elif ISA == ISA_AVX2
     const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)INT8_VALUES)), low = _mm256_set1_epi8(15);
     for (int at = 0; at < NF4_CODES; at += 32) {
-        PREFETCH(codes + at, AHEAD);
+        ask_ahead(codes + at, 1);
         uint8_t *to = w + at / (STRIP * 4) * (STRIP * 8) + at % (STRIP * 4);
         const __m256i both = _mm256_loadu_si256((const void *)(codes + at));
         _mm256_storeu_si256((void *)to, _mm256_shuffle_epi8(values, _mm256_and_si256(both, low)));

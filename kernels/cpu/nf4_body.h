@@ -66,7 +66,7 @@ static inline TARGET void NAME(unpack)(const uint8_t *codes, float *w) {
     for (int half = 0; half < STRIP; half += HALF)
         for (int j = 0; j < BLOCK / 2; j++, codes += HALF, ask += NF4_BYTES / BLOCK) {
             const __m256i pair = _mm256_loadu_si256((const void *)codes);
-            PREFETCH(ask, AHEAD);
+            ask_ahead(ask, 1);
             __m256 first[4], second[4];
             floats_of_codes(tables, high_nibbles(tables, pair), first);
             floats_of_codes(tables, _mm256_and_si256(pair, low), second);
@@ -89,7 +89,7 @@ static TARGET void NAME(nf4_row)(const float *x, const uint8_t *strip, int64_t b
             VEC sums[4] = {vzero(), vzero(), vzero(), vzero()}, w[4];
             for (int j = 0; j < BLOCK / 2; j++, codes += HALF, ask += NF4_BYTES / BLOCK) {
                 const __m256i pair = _mm256_loadu_si256((const void *)codes);
-                PREFETCH(ask, AHEAD);
+                ask_ahead(ask, 1);
                 VEC value = vset1(x[2 * j]);
                 floats_of_codes(tables, high_nibbles(tables, pair), w);
                 for (int v = 0; v < 4; v++) sums[v] = vfma(w[v], value, sums[v]);
