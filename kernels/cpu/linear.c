@@ -67,6 +67,12 @@ static const uint8_t INT8_VALUES[16] = {1, 40, 61, 78, 92, 105, 116, 128, 138, 1
 
 typedef void (*strip_fn)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks, float *y);
 static const strip_fn nf4_strips[] = ISA_TABLE(nf4_strip);
+typedef void (*pair_fn)(const float *x, const uint8_t *strip, int64_t apart, int64_t blocks, float *y, int64_t y_apart);
+#if defined(__x86_64__)
+static const pair_fn nf4_pairs[] = {NULL, NULL, nf4_pair_avx512};
+#else
+static const pair_fn nf4_pairs[] = {NULL, NULL, NULL};
+#endif
 static const strip_fn bf16_strips[] = ISA_TABLE(bf16_strip);
 static const strip_fn f32_strips[] = ISA_TABLE(f32_strip);
 static const strip_fn int8_strips[] = ISA_TABLE(int8_strip); /* the wide ones need VNNI: see loraplex_has_int8 */
@@ -160,6 +166,7 @@ static void gather_row(const float *x, int64_t row, int64_t rows, int64_t k, voi
 
 typedef struct {
     strip_fn strip;
+    pair_fn pair; /* of strips, for a row alone; or NULL */
     prepare_fn prepare;
     int64_t row_bytes, block_bytes; /* of one row's values, and of one strip's weights, in one block */
 } kernel;
@@ -185,17 +192,26 @@ static void write_sums(const product *p, int64_t s, int64_t row, int64_t rows, c
         memcpy(p->y + (row + r) * p->n + s * STRIP, sums + r * STRIP, least(STRIP, p->n - s * STRIP) * sizeof(float));
 }
 
+/* Rows `row` to `row + rows` in strips `from` to `to`: a few blocks of every strip in turn, so that their x stays near. A
+ * row alone waits for memory, which serves several streams faster than one. */
+static void add_products(const product *p, int64_t row, int64_t rows, int64_t from, int64_t to, float *sums) {
+    const int64_t near = rows == 1 ? 1 : NEAR / p->kernel.row_bytes / rows, strip_bytes = p->blocks * p->kernel.block_bytes;
+    if (p->rows == 1 && p->kernel.pair)
+        for (; from + 2 <= to; from += 2, sums += 2 * CHUNK * STRIP)
+            p->kernel.pair((const float *)p->x, p->packed + from * strip_bytes, strip_bytes, p->blocks, sums, CHUNK * STRIP);
+    for (int64_t b = 0; b < p->blocks; b += near)
+        for (int64_t s = from; s < to; s++)
+            p->kernel.strip(p->x + (b * p->rows + row) * p->kernel.row_bytes, p->rows, rows,
+                            p->packed + s * strip_bytes + b * p->kernel.block_bytes, least(near, p->blocks - b),
+                            sums + (s - from) * CHUNK * STRIP);
+}
+
 /* The columns of y from strip `from` up to `to`, whose sums stay in `sums` [GROUP, CHUNK, STRIP] until they are whole. */
 static void multiply_strips(const product *p, int64_t from, int64_t to, float *sums) {
     for (int64_t row = 0; row < p->rows; row += CHUNK) {
         const int64_t rows = least(CHUNK, p->rows - row);
-        const int64_t near = rows == 1 ? 1 : NEAR / p->kernel.row_bytes / rows; /* a row alone waits for memory: four streams */
         for (int64_t s = from; s < to; s++) start_sums(p, s, rows, sums + (s - from) * CHUNK * STRIP);
-        for (int64_t b = 0; b < p->blocks; b += near)
-            for (int64_t s = from; s < to; s++)
-                p->kernel.strip(p->x + (b * p->rows + row) * p->kernel.row_bytes, p->rows, rows,
-                                p->packed + (s * p->blocks + b) * p->kernel.block_bytes, least(near, p->blocks - b),
-                                sums + (s - from) * CHUNK * STRIP);
+        add_products(p, row, rows, from, to, sums);
         for (int64_t s = from; s < to; s++) write_sums(p, s, row, rows, sums + (s - from) * CHUNK * STRIP);
     }
 }
@@ -225,16 +241,16 @@ static int32_t multiply(kernel kernel, int32_t threads, const float *x, const ui
     return 0;
 }
 
-#define DEFINE_LINEAR(name, prepare, row_bytes, block_bytes) \
+#define DEFINE_LINEAR(name, pair, prepare, row_bytes, block_bytes) \
     EXPORT int32_t loraplex_##name##_linear(int32_t isa, int32_t threads, const float *x, const uint8_t *packed, \
                                             const float *bias, float *y, int64_t rows, int64_t n, int64_t k) { \
-        const kernel chosen = {name##_strips[isa], prepare, row_bytes, block_bytes}; \
+        const kernel chosen = {name##_strips[isa], pair, prepare, row_bytes, block_bytes}; \
         return multiply(chosen, threads, x, packed, bias, y, rows, n, k); \
     }
-DEFINE_LINEAR(nf4, gather_row, BLOCK * sizeof(float), NF4_BYTES) /* k a multiple of 64 */
-DEFINE_LINEAR(int8, round_rows[isa], sizeof(int8_row), NF4_BYTES)      /* k a multiple of 64 */
-DEFINE_LINEAR(bf16, gather_row, BLOCK * sizeof(float), BF16_BYTES)
-DEFINE_LINEAR(f32, gather_row, BLOCK * sizeof(float), F32_BYTES)
+DEFINE_LINEAR(nf4, nf4_pairs[isa], gather_row, BLOCK * sizeof(float), NF4_BYTES) /* k a multiple of 64 */
+DEFINE_LINEAR(int8, NULL, round_rows[isa], sizeof(int8_row), NF4_BYTES)          /* k a multiple of 64 */
+DEFINE_LINEAR(bf16, NULL, gather_row, BLOCK * sizeof(float), BF16_BYTES)
+DEFINE_LINEAR(f32, NULL, gather_row, BLOCK * sizeof(float), F32_BYTES)
 
 /* Whether this instruction set has a dot product of bytes here: 1, or 0. The portable one serves tests, at no speed. */
 EXPORT int32_t loraplex_has_int8(int32_t isa, int32_t threads) {

@@ -11,6 +11,33 @@ static inline TARGET VEC NAME(nf4_weights)(const void *codes, int g, int i, int 
 
 DEFINE_BLOCK(nf4, DECODING_TILES, DECODING_ROWS)
 
+/* One row of x and two strips at a time, `apart` bytes between them and `y_apart` between their sums: a value is broadcast
+ * for both, and memory serves two streams. The same sums as a tile's, in the same order. */
+static TARGET void NAME(nf4_pair)(
+    const float *x, const uint8_t *strip, int64_t apart, int64_t blocks, float *y, int64_t y_apart
+) {
+    for (int64_t b = 0; b < blocks; b++, x += BLOCK, strip += NF4_BYTES) {
+        const uint8_t *codes[2] = {strip, strip + apart};
+        VEC sums[2][VECTORS];
+        _Pragma("GCC unroll 2") for (int s = 0; s < 2; s++)
+            _Pragma("GCC unroll 4") for (int v = 0; v < VECTORS; v++) sums[s][v] = vzero();
+        for (int g = 0; g < BLOCK / 8; g++) {
+            for (int s = 0; s < 2; s++) ask_ahead(codes[s] + g * NF4_BYTES / 8, NF4_BYTES / 8);
+            _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) {
+                const VEC value = vset1(x[8 * g + i]);
+                _Pragma("GCC unroll 2") for (int s = 0; s < 2; s++)
+                    _Pragma("GCC unroll 4") for (int v = 0; v < VECTORS; v++)
+                        sums[s][v] = vfma(NAME(nf4_weights)(codes[s], g, i, v), value, sums[s][v]);
+            }
+        }
+        _Pragma("GCC unroll 2") for (int s = 0; s < 2; s++)
+            _Pragma("GCC unroll 4") for (int v = 0; v < VECTORS; v++) {
+                float *to = y + s * y_apart + v * LANES;
+                vstore(to, vfma(sums[s][v], vload((const float *)(codes[s] + NF4_CODES) + v * LANES), vload(to)));
+            }
+    }
+}
+
 static TARGET void NAME(unpack)(const uint8_t *codes, float *w) {
     for (int g = 0; g < BLOCK / 8; g++) {
         ask_ahead(codes + g * NF4_BYTES / 8, NF4_BYTES / 8);
