@@ -93,7 +93,11 @@ class Life:
         self._exit_code = 0
 
     async def live(self, listener: socket.socket) -> int:
-        """Load beside serving; return when the server has stopped."""
+        """Load beside serving; return when the server has stopped.
+
+        Loading has a thread that ends, and with it the OpenMP threads that computed for it: where a process has more of
+        those than cores, the engine's sleep between operations, and waking one takes as long as a small product.
+        """
         began = time.perf_counter()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

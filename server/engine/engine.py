@@ -252,8 +252,10 @@ class Engine:
             logger.exception("the engine stopped on an error it could not contain")
         finally:
             self._stopped = True
-            with suppress(Exception):  # what was drawn before; the streams' end must not depend on it
+            try:
                 self._tell()
+            except Exception:  # the streams' end must not depend on it
+                logger.exception("what the last step drew could not be told")
             error = EngineDeadError("the engine has stopped")
             self._streams.deliver([Failed(request_id, error) for request_id in self._streams.ids()])
 
