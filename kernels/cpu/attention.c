@@ -2,13 +2,15 @@
  *
  * A span is the rows of one sequence, the last of the kv_length positions that its blocks hold. A unit is some of a
  * span's queries in the heads that share a head of keys, or, where rows are few, several heads of keys, which lie side
- * by side in memory: no other unit writes its output. It goes over the keys in
- * tiles at fixed multiples of TILE from the text's start and keeps a running maximum, total and weighted sum per row
- * (Dao et al. 2022). A tile is copied side by side first, converted to floats and with zeros where its span ends: so
- * scattered blocks, bfloat16 and odd widths are one path, and a tile is fetched once for all rows.
+ * by side in memory: no other unit writes its output. It goes over the keys in tiles at fixed multiples of TILE from the
+ * text's start and keeps a running maximum, total and weighted sum per row (Dao et al. 2022). A tile is copied side by
+ * side first, converted to floats: so scattered blocks, bfloat16 and odd widths are one path, and a tile is fetched once
+ * for all rows. Its keys are transposed on the way, number by number of all keys: so a vector holds the scores of one row
+ * with many keys, and nothing is summed over lanes.
  *
- * The order of a row's sums is fixed by its own place in the text: keys that it does not see have a weight of exactly
- * zero. So its bits are the same in any chunk, beside any neighbour and on any number of threads.
+ * The order of a row's sums is fixed by its own place in the text, however many rows they are made with: keys that it does
+ * not see have a weight of exactly zero. So its bits are the same in any chunk, beside any neighbour and on any number of
+ * threads.
  */
 #include "cpu.h"
 #include "functions.h"
@@ -19,11 +21,18 @@
 #include <string.h>
 
 #define TILE 64          /* keys that are summed together; a multiple of any vector */
-#define KEYS_TOGETHER 4  /* whose products with a query are made side by side */
-#define UNIT_ROWS 64     /* queries times heads of one unit, unless a single query has more */
+#define UNIT_ROWS 128    /* queries times heads of one unit, unless a single query has more */
 #define HEADS_TOGETHER 8 /* heads of keys of one unit at most */
-#define WIDTH_MULTIPLE 16
+#define WIDEST 16        /* lanes of any vector */
+#define LINE 64          /* bytes that memory is read by */
+#define TOGETHER 6       /* rows that are computed together */
 #define FAR_BELOW (-1e30f) /* a running maximum to start from: finite, so that e^(it - anything) is zero */
+
+/* All numbers of rows together, and of vectors that they are taken with: LOW and TALL are each ONE, TWO or FOUR. */
+#define HEIGHTS(DO) DO(LOW, 1) DO(LOW, 2) DO(LOW, 3) DO(TALL, 4) DO(TALL, 5) DO(TALL, 6)
+#define ONE(DO, ROWS) DO(ROWS, 1)
+#define TWO(DO, ROWS) DO(ROWS, 1) DO(ROWS, 2)
+#define FOUR(DO, ROWS) DO(ROWS, 1) DO(ROWS, 2) DO(ROWS, 3) DO(ROWS, 4)
 
 typedef struct {
     int64_t start, end, kv_length;
@@ -47,18 +56,34 @@ typedef struct {
     int64_t rows[TILE];
 } Tile;
 
-/* One thread's work space, of `rows` rows. */
+static const float COUNTED[WIDEST] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+/* One query in one head. */
+typedef struct {
+    int64_t place; /* among the keys of its span */
+    float highest; /* score so far */
+    float *out;
+} Row;
+
+/* One thread's work space. */
 typedef struct {
     Tile tile;
-    float *q, *keys, *values, *scores, *summed, *highest, *total;
-    int64_t *low, *high;
+    Row *rows;
+    float *q;              /* [rows, k_width], times the scale */
+    float *keys, *values;  /* of a tile: [heads, k_padded, TILE], [heads, TILE, v_padded] */
+    float *scores;         /* of some rows with the tile, then their weights: [TOGETHER, TILE] */
+    float *summed, *total; /* [rows, v_padded], [rows, lanes] */
 } Work;
 
+typedef void (*add_fn)(
+    float *to, int64_t to_stride, const float *kept, const float *factors, int64_t factors_stride, const float *from,
+    int64_t from_stride, int64_t count
+);
 typedef void (*attend_fn)(
     const Attention *, Work *, const Span *, int64_t head, int64_t heads, int64_t first, int64_t last
 );
 
-/* The keys of a tile from `first` on, as far as the span has any. */
+/* The keys of a tile from `first` on, as far as the span has any; in the place of later ones, the last. */
 static Tile tile_at(const Attention *all, const Span *span, int64_t head, int64_t first) {
     Tile tile;
     tile.keys = most(0, least(TILE, span->kv_length - first));
@@ -67,6 +92,7 @@ static Tile tile_at(const Attention *all, const Span *span, int64_t head, int64_
         tile.rows[key] = (span->blocks[block] * all->block_size + at) * all->kv_heads + head;
         if (++at == all->block_size) block++, at = 0;
     }
+    for (int64_t key = tile.keys; key < TILE; key++) tile.rows[key] = tile.keys ? tile.rows[tile.keys - 1] : 0;
     return tile;
 }
 
@@ -90,25 +116,23 @@ static Tile tile_at(const Attention *all, const Span *span, int64_t head, int64_
 
 static const attend_fn attends[] = ISA_TABLE(attend);
 
-static int64_t padded(int64_t width) { return (width + WIDTH_MULTIPLE - 1) / WIDTH_MULTIPLE * WIDTH_MULTIPLE; }
+static int64_t padded(int64_t width) { return (width + WIDEST - 1) / WIDEST * WIDEST; }
 
 static int64_t work_floats(const Attention *all, int64_t rows) {
-    const int64_t per_row = all->k_padded + all->v_padded + TILE + 2, places = 2 * (int64_t)sizeof(int64_t) / 4;
-    const int64_t tiles = all->heads_together * TILE * (all->k_padded + all->v_padded);
-    return padded(tiles + rows * (per_row + places));
+    const int64_t tiles = all->heads_together * TILE * (all->k_padded + all->v_padded) + TOGETHER * TILE;
+    const int64_t per_row = all->v_padded + WIDEST + (int64_t)sizeof(Row) / 4 + all->k_width;
+    return padded(tiles + rows * per_row);
 }
 
 static Work work_at(const Attention *all, float *memory, int64_t rows) {
     Work work;
-    work.low = (int64_t *)memory;
-    work.high = work.low + rows;
-    work.q = (float *)(work.high + rows);
-    work.keys = work.q + rows * all->k_padded;
+    work.keys = memory;
     work.values = work.keys + all->heads_together * TILE * all->k_padded;
     work.scores = work.values + all->heads_together * TILE * all->v_padded;
-    work.summed = work.scores + rows * TILE;
-    work.highest = work.summed + rows * all->v_padded;
-    work.total = work.highest + rows;
+    work.summed = work.scores + TOGETHER * TILE;
+    work.total = work.summed + rows * all->v_padded;
+    work.rows = (Row *)(work.total + rows * WIDEST);
+    work.q = (float *)(work.rows + rows);
     return work;
 }
 

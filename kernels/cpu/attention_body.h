@@ -1,178 +1,200 @@
 /* One unit of attention for one instruction set. See attention.c for what a unit is and for the order of its sums. */
 
-/* Copy the rows of some keys (or values) of some heads, each head's side by side, as floats, with zeros up to `padded`
- * numbers each and up to a multiple of KEYS_TOGETHER keys: what lies past the span's end is another's, and may be
- * anything. Heads are the inner loop: a key's lie side by side in memory. */
-INLINE void NAME(take_tile)(
-    float *to, const void *cache, const Tile *tile, int64_t heads, int64_t width, int64_t padded, const int bf16
-) {
-    const int64_t whole = width / LANES * LANES;
-    for (int64_t key = 0; key < tile->keys; key++)
+/* How many vectors some rows are taken with at a time, so that their sums and those vectors fill the registers, and one row
+ * has sums enough to wait for none. Of the compiler's own vectors, one: with two, GCC 12 keeps the sums in memory. */
+#if ISA == ISA_AVX512
+#define WIDE(rows) 4
+#define LOW FOUR
+#define TALL FOUR
+#elif ISA == ISA_AVX2
+#define WIDE(rows) ((rows) <= 3 ? 4 : 2)
+#define LOW FOUR
+#define TALL TWO
+#else
+#define WIDE(rows) 1
+#define LOW ONE
+#define TALL ONE
+#endif
+
+/* Up to LANES of the cache's numbers from `at` on, as floats, and zeros. */
+INLINE VEC NAME(cached)(const void *cache, int64_t at, int64_t count, const int bf16) {
+    const uint16_t *half = (const uint16_t *)cache + at;
+    const float *full = (const float *)cache + at;
+    if (count >= LANES) return bf16 ? vload_bf16(half) : vload(full);
+    return bf16 ? NAME(vload_bf16_part)(half, most(0, count)) : NAME(vload_part)(full, most(0, count));
+}
+
+/* Lay the tile's keys of some heads as [heads, k_padded, TILE], and ask memory for those of the next tile on the way. */
+INLINE void NAME(take_keys)(const Attention *all, Work *work, int64_t heads, const Tile *next, const int bf16) {
+    const void *cache = all->k_cache;
+    const int64_t width = all->k_width, size = bf16 ? 2 : 4;
+    for (int64_t first = 0; first < work->tile.keys; first += LANES)
+        for (int64_t head = 0; head < heads; head++)
+            for (int64_t at = 0; at < width; at += LANES) {
+                const int64_t *rows = work->tile.rows + first, *later = next->rows + first, in_row = head * width + at;
+                VEC block[LANES];
+                for (int i = 0; i < LANES; i++) block[i] = NAME(cached)(cache, rows[i] * width + in_row, width - at, bf16);
+                if (first < next->keys && at * size % LINE == 0)
+                    for (int i = 0; i < LANES; i++) PREFETCH(cache, (later[i] * width + in_row) * size);
+                NAME(vtranspose)(block);
+                float *to = work->keys + (head * all->k_padded + at) * TILE + first;
+                for (int i = 0; i < LANES; i++) vstore(to + i * TILE, block[i]);
+            }
+}
+
+/* Copy the tile's values of some heads, as [heads, TILE, v_padded]. Heads are the inner loop: a key's lie side by side in
+ * memory. */
+INLINE void NAME(take_values)(const Attention *all, Work *work, int64_t heads, const Tile *next, const int bf16) {
+    const int64_t width = all->v_width, size = bf16 ? 2 : 4;
+    for (int64_t key = 0; key < work->tile.keys; key++) {
+        const int64_t row = work->tile.rows[key] * width, later = next->rows[key] * width;
         for (int64_t head = 0; head < heads; head++) {
-            const uint16_t *half = (const uint16_t *)cache + (tile->rows[key] + head) * width;
-            const float *full = (const float *)cache + (tile->rows[key] + head) * width;
-            float *at = to + (head * TILE + key) * padded;
-            for (int64_t i = 0; i < whole; i += LANES) vstore(at + i, bf16 ? vload_bf16(half + i) : vload(full + i));
-            if (whole == padded) continue;
-            VEC last = vzero();
-            if (whole < width)
-                last = bf16 ? NAME(vload_bf16_part)(half + whole, width - whole)
-                            : NAME(vload_part)(full + whole, width - whole);
-            vstore(at + whole, last);
-            for (int64_t i = whole + LANES; i < padded; i += LANES) vstore(at + i, vzero());
+            float *to = work->values + (head * TILE + key) * all->v_padded;
+            for (int64_t at = 0; at < all->v_padded; at += LANES)
+                vstore(to + at, NAME(cached)(all->v_cache, row + head * width + at, width - at, bf16));
         }
-    for (int64_t head = 0; head < heads; head++)
-        for (int64_t key = tile->keys; key % KEYS_TOGETHER; key++)
-            for (int64_t i = 0; i < padded; i += LANES) vstore(to + (head * TILE + key) * padded + i, vzero());
-}
-
-/* `scores[row][key] = q[row] . keys[key]` for one or two rows and KEYS_TOGETHER keys. */
-INLINE void NAME(score)(float *scores, const float *q, const float *keys, int64_t padded, const int rows) {
-    VEC sum[2][KEYS_TOGETHER];
-    for (int row = 0; row < rows; row++)
-        for (int key = 0; key < KEYS_TOGETHER; key++) sum[row][key] = vzero();
-    for (int64_t i = 0; i < padded; i += LANES) {
-        VEC x[2];
-        for (int row = 0; row < rows; row++) x[row] = vload(q + row * padded + i);
-        for (int key = 0; key < KEYS_TOGETHER; key++) {
-            const VEC k = vload(keys + key * padded + i);
-            for (int row = 0; row < rows; row++) sum[row][key] = vfma(x[row], k, sum[row][key]);
-        }
+        for (int64_t at = 0; key < next->keys && at < heads * width * size; at += LINE)
+            PREFETCH(all->v_cache, later * size + at);
     }
-    for (int row = 0; row < rows; row++)
-        NAME(vsum4)(scores + row * TILE, sum[row][0], sum[row][1], sum[row][2], sum[row][3]);
 }
 
-/* Turn a row's scores into weights against its new maximum; `low` to `high` are the keys it sees. */
-INLINE void NAME(weigh)(
-    float *scores, float *highest, float *total, float *kept, int64_t low, int64_t high, float scale, float softcap
+/* `to[row] = to[row] * kept[row] + sum over i of factors[row][i] * from[i]`, or from zero where `kept` is NULL, for some
+ * vectors of each. A sum runs over i in order whatever rows it is made with. */
+#define DEFINE_ADD(ROWS, COUNT) \
+    static TARGET void NAME(add_##ROWS##_by_##COUNT)( \
+        float *to, int64_t to_stride, const float *kept, const float *factors, int64_t factors_stride, const float *from, \
+        int64_t from_stride, int64_t count \
+    ) { \
+        VEC sums[ROWS][COUNT]; \
+        _Pragma("GCC unroll 6") for (int r = 0; r < ROWS; r++) \
+            _Pragma("GCC unroll 4") for (int v = 0; v < COUNT; v++) { \
+                sums[r][v] = vzero(); \
+                if (kept) sums[r][v] = vmul(vload(to + r * to_stride + v * LANES), vset1(kept[r])); \
+            } \
+        _Pragma("GCC unroll 1") for (int64_t i = 0; i < count; i++, from += from_stride, factors++) { \
+            VEC each[COUNT]; \
+            _Pragma("GCC unroll 4") for (int v = 0; v < COUNT; v++) each[v] = vload(from + v * LANES); \
+            _Pragma("GCC unroll 6") for (int r = 0; r < ROWS; r++) { \
+                const VEC factor = vset1(factors[r * factors_stride]); \
+                _Pragma("GCC unroll 4") for (int v = 0; v < COUNT; v++) sums[r][v] = vfma(each[v], factor, sums[r][v]); \
+            } \
+        } \
+        _Pragma("GCC unroll 6") for (int r = 0; r < ROWS; r++) \
+            _Pragma("GCC unroll 4") for (int v = 0; v < COUNT; v++) vstore(to + r * to_stride + v * LANES, sums[r][v]); \
+    }
+#define DEFINE_ADDS(WIDTHS, ROWS) WIDTHS(DEFINE_ADD, ROWS)
+HEIGHTS(DEFINE_ADDS)
+
+#define POINT_AT_ADD(ROWS, COUNT) NAME(add_##ROWS##_by_##COUNT),
+#define POINT_AT_ADDS(WIDTHS, ROWS) {WIDTHS(POINT_AT_ADD, ROWS)},
+/* Called by pointer: in line, with what else is held in registers there, sums would go to memory and back. */
+static const add_fn NAME(adds)[TOGETHER][4] = {HEIGHTS(POINT_AT_ADDS)};
+
+/* The same for up to TOGETHER rows and any number of vectors. */
+INLINE void NAME(add)(
+    float *to, int64_t to_stride, const float *kept, const float *factors, int64_t factors_stride, const float *from,
+    int64_t from_stride, int64_t count, int64_t rows, int64_t vectors
 ) {
-    const float hidden = -__builtin_inff();
-    const int64_t until = (high + LANES - 1) / LANES * LANES; /* all later weights are zero */
-    VEC largest = vset1(hidden);
-    for (int64_t i = 0; i < until; i += LANES) {
-        VEC s = vload(scores + i) * vset1(scale);
-        if (softcap > 0) s = NAME(vtanh)(s / vset1(softcap)) * vset1(softcap);
-        vstore(scores + i, s);
+    for (int64_t at = 0, some; at < vectors; at += some) {
+        some = least(WIDE(rows), vectors - at);
+        NAME(adds)[rows - 1][some - 1](
+            to + at * LANES, to_stride, kept, factors, factors_stride, from + at * LANES, from_stride, count
+        );
     }
-    for (int64_t i = 0; i < low; i++) scores[i] = hidden;
-    for (int64_t i = high; i < until; i++) scores[i] = hidden;
-    for (int64_t i = 0; i < until; i += LANES) largest = vmax(largest, vload(scores + i));
-    const float here = NAME(vhighest)(largest), before = *highest, now = here > before ? here : before;
-    VEC sum = vzero();
-    for (int64_t i = 0; i < until; i += LANES) {
-        const VEC weight = NAME(vexp)(vload(scores + i) - vset1(now));
+}
+
+/* Hide from a row what it does not see of some keys, all but `low` to `high`, and return its highest score. */
+INLINE float NAME(show)(float *scores, int64_t vectors, int64_t low, int64_t high, float softcap) {
+    const VEC hidden = vset1(-__builtin_inff());
+    VEC largest = hidden;
+    for (int64_t i = 0; softcap > 0 && i < vectors * LANES; i += LANES)
+        vstore(scores + i, NAME(vtanh)(vload(scores + i) / vset1(softcap)) * vset1(softcap));
+    for (int64_t i = 0; (low > 0 || high < vectors * LANES) && i < vectors * LANES; i += LANES) {
+        const VEC key = vload(COUNTED) + vset1((float)i);
+        const BITS seen = (BITS)(key >= vset1((float)low)) & (BITS)(key < vset1((float)high));
+        vstore(scores + i, NAME(vselect)(seen, vload(scores + i), hidden));
+    }
+    for (int64_t i = 0; i < vectors * LANES; i += LANES) largest = vmax(largest, vload(scores + i));
+    return NAME(vhighest)(largest);
+}
+
+/* Turn a row's scores into weights against its maximum, and add them to its total, lane by lane. */
+INLINE void NAME(weigh)(float *scores, int64_t vectors, float highest, float kept, float *total) {
+    VEC sum = vmul(vload(total), vset1(kept));
+    for (int64_t i = 0; i < vectors * LANES; i += LANES) {
+        const VEC weight = NAME(vexp_down)(vload(scores + i) - vset1(highest));
         vstore(scores + i, weight);
         sum = vadd(sum, weight);
     }
-    for (int64_t i = until; i < TILE; i += LANES) vstore(scores + i, vzero());
-    float first[LANES];
-    vstore(first, NAME(vexp)(vset1(before - now)));
-    *kept = first[0];
-    *highest = now;
-    *total = *total * first[0] + NAME(vsum)(sum);
+    vstore(total, sum);
 }
 
-/* `summed[row] = summed[row] * kept[row] + sum of weights[row][key] * values[key]` for `vectors` vectors of each. */
-INLINE void NAME(add_values)(
-    float *summed, const float *weights, const float *kept, const float *values, int64_t padded, int64_t keys,
-    const int rows, const int vectors
-) {
-    VEC sum[2][4];
-    for (int row = 0; row < rows; row++)
-        for (int i = 0; i < vectors; i++)
-            sum[row][i] = vmul(vload(summed + row * padded + i * LANES), vset1(kept[row]));
-    for (int64_t key = 0; key < keys; key++)
-        for (int i = 0; i < vectors; i++) {
-            const VEC v = vload(values + key * padded + i * LANES);
-            for (int row = 0; row < rows; row++) sum[row][i] = vfma(vset1(weights[row * TILE + key]), v, sum[row][i]);
-        }
-    for (int row = 0; row < rows; row++)
-        for (int i = 0; i < vectors; i++) vstore(summed + row * padded + i * LANES, sum[row][i]);
-}
-
-/* Ask memory for the rows of KEYS_TOGETHER keys of the tile that comes next, of the head that lies `head` further. */
-INLINE void NAME(ask_for)(const Tile *next, int64_t key, int64_t head, const void *cache, int64_t bytes) {
-    for (int64_t i = key; i < least(key + KEYS_TOGETHER, next->keys); i++)
-        for (int64_t at = 0; at < bytes; at += 64) PREFETCH(cache, (next->rows[i] + head) * bytes + at);
-}
-
-/* One or two rows over the tile of their head, which is the unit's `head`th; its first rows ask for the next tile. */
-INLINE void NAME(attend_some)(
-    const Attention *all, Work *work, int64_t row, int64_t head, const Tile *next, const int first, const int rows
-) {
-    const int64_t keys = work->tile.keys, size = all->bf16 ? 2 : 4;
-    const float *head_keys = work->keys + head * TILE * all->k_padded;
-    const float *head_values = work->values + head * TILE * all->v_padded;
-    float *scores = work->scores + row * TILE;
-    const float *q = work->q + row * all->k_padded;
-    for (int64_t key = 0; key < keys; key += KEYS_TOGETHER) {
-        NAME(score)(scores + key, q, head_keys + key * all->k_padded, all->k_padded, rows);
-        if (!first) continue;
-        NAME(ask_for)(next, key, head, all->k_cache, all->k_width * size);
-        NAME(ask_for)(next, key, head, all->v_cache, all->v_width * size);
+/* Up to TOGETHER rows over the tile of their head, which is the unit's `head`th and begins at key `first`. */
+INLINE void NAME(attend_some)(const Attention *all, Work *work, int64_t row, int64_t rows, int64_t head, int64_t first) {
+    const int64_t seen = least(TILE, work->rows[row + rows - 1].place + 1 - first); /* by the last, which sees most */
+    if (seen <= 0) return;
+    const int64_t vectors = (seen + LANES - 1) / LANES;
+    float *scores = work->scores;
+    NAME(add)(scores, TILE, NULL, work->q + row * all->k_width, all->k_width, work->keys + head * all->k_padded * TILE, TILE,
+              all->k_width, rows, vectors);
+    float kept[LANES] = {0};
+    for (int64_t i = 0; i < rows; i++) {
+        Row *it = work->rows + row + i;
+        const int64_t until = it->place + 1 - first;
+        const int64_t from = all->window ? until - all->window : 0;
+        const float here = NAME(show)(scores + i * TILE, vectors, from, until, all->softcap), before = it->highest;
+        it->highest = here > before ? here : before;
+        kept[i] = before - it->highest;
     }
-    float kept[2];
-    for (int i = 0; i < rows; i++)
-        NAME(weigh)(scores + i * TILE, work->highest + row + i, work->total + row + i, kept + i, work->low[row + i],
-                    work->high[row + i], all->scale, all->softcap);
-    float *summed = work->summed + row * all->v_padded;
-    int64_t i = 0;
-    for (; i + 4 * LANES <= all->v_padded; i += 4 * LANES)
-        NAME(add_values)(summed + i, scores, kept, head_values + i, all->v_padded, keys, rows, 4);
-    for (; i < all->v_padded; i += LANES)
-        NAME(add_values)(summed + i, scores, kept, head_values + i, all->v_padded, keys, rows, 1);
+    vstore(kept, NAME(vexp_down)(vload(kept)));
+    for (int64_t i = 0; i < rows; i++)
+        NAME(weigh)(scores + i * TILE, vectors, work->rows[row + i].highest, kept[i], work->total + (row + i) * LANES);
+    NAME(add)(work->summed + row * all->v_padded, all->v_padded, kept, scores, TILE,
+              work->values + head * TILE * all->v_padded, all->v_padded, seen, rows, all->v_padded / LANES);
 }
 
-INLINE void NAME(attend_rows)(
-    const Attention *all, Work *work, int64_t row, int64_t head, const Tile *next, int first, int64_t rows
+/* The rows of a unit: the queries `first` to `last` of a span, in the heads that read `heads` heads of keys from `head` on.
+ * Those of one head of keys lie side by side, a query's after one another. */
+INLINE void NAME(begin)(
+    const Attention *all, Work *work, const Span *span, int64_t head, int64_t heads, int64_t first, int64_t last
 ) {
-    if (rows == 2)
-        NAME(attend_some)(all, work, row, head, next, first, 2);
-    else
-        NAME(attend_some)(all, work, row, head, next, first, 1);
+    const int64_t group = all->heads / all->kv_heads, start = span->kv_length - (span->end - span->start);
+    int64_t row = 0;
+    for (int64_t h = head; h < head + heads; h++)
+        for (int64_t query = first; query < last; query++)
+            for (int64_t of = h * group; of < (h + 1) * group; of++, row++) {
+                const float *from = all->q + (span->start + query) * all->q_row_stride + of * all->q_head_stride;
+                float *out = all->out + ((span->start + query) * all->heads + of) * all->v_width;
+                for (int64_t i = 0; i < all->k_width; i++) work->q[row * all->k_width + i] = from[i] * all->scale;
+                for (int64_t i = 0; i < all->v_padded; i += LANES) vstore(work->summed + row * all->v_padded + i, vzero());
+                vstore(work->total + row * LANES, vzero());
+                if (all->sinks) work->total[row * LANES] = 1;
+                work->rows[row] = (Row){start + query, all->sinks ? all->sinks[of] : FAR_BELOW, out};
+            }
 }
 
-/* The queries `first` to `last` of a span, in the heads that read `heads` heads of keys from `head` on. A row is one
- * query in one head; those of one head of keys lie side by side. */
 INLINE void NAME(attend_unit)(
     const Attention *all, Work *work, const Span *span, int64_t head, int64_t heads, int64_t first, int64_t last,
     const int bf16
 ) {
-    const int64_t group = all->heads / all->kv_heads, in_head = (last - first) * group, rows = in_head * heads;
-    for (int64_t row = 0; row < rows; row++) {
-        const int64_t at = row % in_head, query = span->start + first + at / group;
-        const int64_t of = (head + row / in_head) * group + at % group;
-        const float *from = all->q + query * all->q_row_stride + of * all->q_head_stride;
-        float *to = work->q + row * all->k_padded;
-        for (int64_t i = 0; i < all->k_width; i++) to[i] = from[i];
-        for (int64_t i = all->k_width; i < all->k_padded; i++) to[i] = 0;
-        for (int64_t i = 0; i < all->v_padded; i++) work->summed[row * all->v_padded + i] = 0;
-        work->highest[row] = all->sinks ? all->sinks[of] : FAR_BELOW;
-        work->total[row] = all->sinks ? 1 : 0;
-    }
-    const int64_t place = span->kv_length - (span->end - span->start); /* of the span's first query among its keys */
-    const int64_t oldest = all->window ? most(0, place + first - all->window + 1) : 0;
+    const int64_t in_head = (last - first) * (all->heads / all->kv_heads), rows = in_head * heads;
+    NAME(begin)(all, work, span, head, heads, first, last);
+    const int64_t until = work->rows[rows - 1].place + 1;
+    const int64_t oldest = all->window ? most(0, work->rows[0].place + 1 - all->window) : 0;
     Tile next = tile_at(all, span, head, oldest / TILE * TILE);
-    for (int64_t at_key = oldest / TILE * TILE; at_key < place + last; at_key += TILE) {
+    for (int64_t key = oldest / TILE * TILE; key < until; key += TILE) {
         work->tile = next;
-        next = tile_at(all, span, head, at_key + TILE);
-        NAME(take_tile)(work->keys, all->k_cache, &work->tile, heads, all->k_width, all->k_padded, bf16);
-        NAME(take_tile)(work->values, all->v_cache, &work->tile, heads, all->v_width, all->v_padded, bf16);
-        for (int64_t row = 0; row < rows; row++) {
-            const int64_t at = place + first + row % in_head / group;
-            work->high[row] = most(0, least(TILE, at + 1 - at_key));
-            work->low[row] = all->window ? least(TILE, most(0, at - all->window + 1 - at_key)) : 0;
-        }
+        next = tile_at(all, span, head, key + TILE);
+        NAME(take_keys)(all, work, heads, &next, bf16);
+        NAME(take_values)(all, work, heads, &next, bf16);
         for (int64_t h = 0; h < heads; h++)
-            for (int64_t row = 0; row < in_head; row += 2)
-                NAME(attend_rows)(all, work, h * in_head + row, h, &next, row == 0, row + 1 < in_head ? 2 : 1);
+            for (int64_t row = 0; row < in_head; row += TOGETHER)
+                NAME(attend_some)(all, work, h * in_head + row, least(TOGETHER, in_head - row), h, key);
     }
     for (int64_t row = 0; row < rows; row++) {
-        const int64_t at = row % in_head, query = span->start + first + at / group;
-        const int64_t of = (head + row / in_head) * group + at % group;
-        float *to = all->out + (query * all->heads + of) * all->v_width;
-        for (int64_t i = 0; i < all->v_width; i++) to[i] = work->summed[row * all->v_padded + i] / work->total[row];
+        const float share = 1 / NAME(vsum)(vload(work->total + row * LANES)), *summed = work->summed + row * all->v_padded;
+        float *out = work->rows[row].out;
+        for (int64_t i = 0; i < all->v_width; i++) out[i] = summed[i] * share;
     }
 }
 
@@ -184,3 +206,11 @@ static TARGET void NAME(attend)(
     else
         NAME(attend_unit)(all, work, span, head, heads, first, last, 0);
 }
+
+#undef WIDE
+#undef LOW
+#undef TALL
+#undef DEFINE_ADD
+#undef DEFINE_ADDS
+#undef POINT_AT_ADD
+#undef POINT_AT_ADDS

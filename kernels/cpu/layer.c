@@ -6,6 +6,7 @@
  */
 #include "functions.h"
 #include "layer.h"
+#include "share.h"
 
 #include <string.h>
 
@@ -23,8 +24,9 @@ static int32_t product(
                                segments->weights);
 }
 
-/* `y = x + z`. */
-static void add(float *y, const float *x, const float *z, int64_t count) {
+/* `y = x + z`; y may be x. */
+static void add(int32_t threads, float *y, const float *x, const float *z, int64_t count) {
+#pragma omp parallel for simd num_threads(count * 3 < WORTH_SHARING ? 1 : threads) schedule(static)
     for (int64_t i = 0; i < count; i++) y[i] = x[i] + z[i];
 }
 
@@ -49,11 +51,11 @@ EXPORT int32_t loraplex_layer(int32_t isa, int32_t threads, const Layer *l, cons
     loraplex_rms_norm(isa, threads, s->normed, x, l->attention_norm, rows, hidden, l->attention_epsilon);
     if (attend(isa, threads, l, s)) return -1;
     if (product(isa, threads, &l->out, &s->segments[1], s->attended, s->added, rows)) return -1;
-    add(y, x, s->added, rows * hidden);
+    add(threads, y, x, s->added, rows * hidden);
     loraplex_rms_norm(isa, threads, s->normed, y, l->mlp_norm, rows, hidden, l->mlp_epsilon);
     if (product(isa, threads, &l->gate_up, &s->segments[2], s->normed, s->both, rows)) return -1;
     loraplex_gate(isa, threads, s->inner, s->both, 2 * inner, s->both + inner, 2 * inner, rows, inner, l->activation);
     if (product(isa, threads, &l->down, &s->segments[3], s->inner, s->added, rows)) return -1;
-    add(y, y, s->added, rows * hidden);
+    add(threads, y, y, s->added, rows * hidden);
     return 0;
 }

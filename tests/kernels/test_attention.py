@@ -116,13 +116,14 @@ def test_where_blocks_lie_does_not_show(kernels, block_size):
     assert torch.equal(scattered.ours(kernels), contiguous.ours(kernels))
 
 
+@pytest.mark.parametrize("heads", ["one to one", "grouped"])
 @pytest.mark.parametrize("window", [None, 50])
-def test_a_rows_bits_are_its_own(kernels, window):
+def test_a_rows_bits_are_its_own(kernels, window, heads):
     """In a chunk of any length and beside any other span: the same bits."""
-    step = Step([(40, 290), (3, 3)])
+    step = Step([(40, 290), (3, 3)], heads)
     together = step.ours(kernels, window=window)
     q, (span, _) = step.q, step.spans
-    for first, last in [(0, 1), (39, 40), (3, 20), (0, 40)]:
+    for first, last in [(0, 1), (39, 40), (1, 3), (4, 7), (5, 9), (0, 5), (3, 20), (0, 40)]:
         step.q = q[first:last]
         step.spans = [Span(0, last - first, 250 + last, span.blocks)]
         assert torch.equal(step.ours(kernels, window=window), together[first:last])
