@@ -17,8 +17,12 @@
 #define DECODING_ROWS 12
 #define DECODING_TILES(DO, KIND) \
     TILES(DO, KIND) DO(KIND, 7, 2) DO(KIND, 8, 2) DO(KIND, 9, 2) DO(KIND, 10, 2) DO(KIND, 11, 2) DO(KIND, 12, 2)
-#else /* 16 registers: 12 sums at most */
+#else
+#if ISA == ISA_AVX2 /* 16 registers: 12 sums at most */
 #define TILES(DO, KIND) DO(KIND, 1, 4) DO(KIND, 2, 4) DO(KIND, 3, 4) DO(KIND, 4, 2) DO(KIND, 5, 2) DO(KIND, 6, 2)
+#else /* 16 of half a vector, and a compiler that keeps wider tiles in memory */
+#define TILES(DO, KIND) DO(KIND, 1, 1) DO(KIND, 2, 1) DO(KIND, 3, 1) DO(KIND, 4, 1) DO(KIND, 5, 1) DO(KIND, 6, 1)
+#endif
 #define DECODING_ROWS 1
 #define DECODING_TILES(DO, KIND) DO(KIND, 1, 8)
 #endif
