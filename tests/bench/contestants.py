@@ -25,7 +25,7 @@ from server.config import LoraModule, Settings
 from server.engine.sequence import Sampling, Submit, Token
 from server.model.linear import LoRALinear, ModuleLinear
 from server.serving import Serving
-from server.startup import load
+from server.startup import load, quiet_libraries
 from tests.bench.random_llama import Checkpoint
 
 PROMPT = 8  # tokens before the steps that are timed: few, since nobody times them
@@ -57,6 +57,7 @@ def _become(
     kind: Callable[..., Any], arguments: tuple[Any, ...], settings: dict[str, Any], threads: int
 ) -> None:
     global _contestant
+    quiet_libraries()
     torch.set_num_threads(threads)
     _contestant = kind(*arguments, **settings)
 
