@@ -1,6 +1,7 @@
 """Who is timed: our engine without HTTP, and transformers + peft, each in a process of its own.
 
-Each gives seconds per decode step and per prefill. A decode step's time is the median over the steps of the sequence that began last. Knows no bounds.
+Each gives seconds per decode step and per prefill. A decode step's time is the median over the steps of the sequence
+that began last. Knows no bounds.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ _contestant: Any = None  # of a process that a contestant has to itself
 class Apart:
     """A contestant in a process of its own, asked as it would be here.
 
-    OpenMP's threads wait awake between two operations only where a process has no more of them than cores. Contestants in
-    one process would each find theirs asleep, 80 us an operation on one machine, which no server of one model does.
+    OpenMP's threads wait awake between two operations only where a process has no more of them than cores. Contestants
+    in one process would each find theirs asleep, 80 us an operation on one machine, which no server of one model does.
     """
 
     def __init__(self, kind: Callable[..., Any], *arguments: Any, **settings: Any) -> None:
