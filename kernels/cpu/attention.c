@@ -184,7 +184,7 @@ EXPORT int32_t loraplex_attention(
         read[i] = (Span){spans[4 * i], spans[4 * i + 1], spans[4 * i + 2], blocks + spans[4 * i + 3]};
     const int64_t whole = attend_all(&all, NULL, read, count, share_of(0, 0, 1), NULL);
     const attend_fn run = attends[isa];
-#pragma omp parallel num_threads(whole < WORTH_SHARING ? 1 : threads)
+#pragma omp parallel num_threads(worth(whole, threads))
     {
         const int64_t thread = omp_get_thread_num();
         Work work = work_at(&all, memory + thread * each, rows);
@@ -226,7 +226,7 @@ EXPORT int32_t loraplex_write_kv(
 ) {
     (void)isa;
     const int64_t cost = rows * kv_heads * (k_width + v_width) * 4;
-#pragma omp parallel for num_threads(cost < WORTH_SHARING ? 1 : threads) schedule(static)
+#pragma omp parallel for num_threads(worth(cost, threads)) schedule(static)
     for (int64_t first = 0; first < rows; first += UNIT_ROWS) {
         const int64_t some = least(UNIT_ROWS, rows - first);
         write_rows(k_cache, k + first * k_row_stride, k_row_stride, k_head_stride, kv_index + first, some, kv_heads,

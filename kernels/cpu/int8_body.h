@@ -148,20 +148,9 @@ static INT8_TARGET void NAME(int8_unpack)(const uint8_t *codes, uint8_t *w) {
         } \
     }
 
-#define RUN_INT8_TILE(KIND, ROWS, WIDE) \
-    case ROWS: \
-        NAME(KIND##_tile_##ROWS)(x + first, w, scale, y + first * STRIP, first ? 0 : ask); \
-        break;
-
 #define DEFINE_INT8_BLOCK(KIND, TILES, HIGHEST) \
     TILES(DEFINE_INT8_TILE, KIND) \
-    static INT8_TARGET void NAME(KIND##_block)(int64_t rows, const int8_row *x, const uint8_t *w, const float *scale, float *y, int64_t ask) { \
-        int64_t tiles = (rows + HIGHEST - 1) / HIGHEST; \
-        for (int64_t first = 0, count; first < rows; first += count, tiles--) { \
-            count = (rows - first + tiles - 1) / tiles; \
-            switch (count) { TILES(RUN_INT8_TILE, KIND) } \
-        } \
-    }
+    DEFINE_ROWS(KIND, INT8_TARGET, int8_row, 1, TILES, HIGHEST)
 
 DEFINE_INT8_BLOCK(int8, TILES, TILE_ROWS)
 #if ISA == ISA_AVX512
@@ -195,9 +184,9 @@ static INT8_TARGET void NAME(int8_strip)(const void *x, int64_t all_rows, int64_
 #undef ifloat
 #undef DEFINE_INT8_TILE
 #undef DEFINE_INT8_BLOCK
-#undef RUN_INT8_TILE
 #undef DEFINE_TILE
 #undef DEFINE_BLOCK
+#undef DEFINE_ROWS
 #undef RUN_TILE
 #undef COLUMNS_f32
 #undef COLUMNS_bf16

@@ -26,7 +26,7 @@ static int32_t product(
 
 /* `y = x + z`; y may be x. */
 static void add(int32_t threads, float *y, const float *x, const float *z, int64_t count) {
-#pragma omp parallel for simd num_threads(count * 3 < WORTH_SHARING ? 1 : threads) schedule(static)
+#pragma omp parallel for simd num_threads(worth(count * 3, threads)) schedule(static)
     for (int64_t i = 0; i < count; i++) y[i] = x[i] + z[i];
 }
 

@@ -185,7 +185,7 @@ EXPORT int32_t loraplex_add_deltas(
     const expand_fn expand = expands[isa];
     const int64_t shrinking = shrink_all(&site, share_of(0, 0, 1), NULL);
     const int64_t expanding = expand_all(&site, share_of(0, 0, 1), NULL);
-    const int64_t wanted = shrinking + expanding < WORTH_SHARING ? 1 : threads;
+    const int64_t wanted = worth(shrinking + expanding, threads);
 #pragma omp parallel num_threads(wanted)
     {
         const int64_t thread = omp_get_thread_num(), among = omp_get_num_threads();

@@ -35,18 +35,13 @@ static const norm_fn norms[] = ISA_TABLE(norm_row);
 static const gate_fn gates[] = ISA_TABLE(gate_row);
 static const turn_fn turns[] = ISA_TABLE(turn_head);
 
-/* Threads for `numbers` numbers of which each takes about `cost` quarter cycles. */
-static int worth(int64_t numbers, int64_t cost, int32_t threads) {
-    return numbers * cost < WORTH_SHARING ? 1 : threads;
-}
-
 /* `y[row] = weight * x[row] / sqrt(mean(x[row]^2) + epsilon)`, rows of `width`. */
 EXPORT int32_t loraplex_rms_norm(
     int32_t isa, int32_t threads, float *y, const float *x, const float *weight, int64_t rows, int64_t width,
     float epsilon
 ) {
     const norm_fn norm = norms[isa];
-#pragma omp parallel for num_threads(worth(rows * width, 3, threads)) schedule(static)
+#pragma omp parallel for num_threads(worth(rows * width * 3, threads)) schedule(static)
     for (int64_t row = 0; row < rows; row++) norm(y + row * width, x + row * width, weight, width, epsilon);
     return 0;
 }
@@ -58,7 +53,7 @@ EXPORT int32_t loraplex_gate(
 ) {
     const gate_fn run = gates[isa];
     const int64_t pieces = (width + PIECE - 1) / PIECE;
-#pragma omp parallel for num_threads(worth(rows * width, 15, threads)) schedule(static)
+#pragma omp parallel for num_threads(worth(rows * width * 15, threads)) schedule(static)
     for (int64_t piece = 0; piece < rows * pieces; piece++) {
         const int64_t row = piece / pieces, first = piece % pieces * PIECE, count = least(PIECE, width - first);
         run(y + row * width + first, gate + row * gate_stride + first, up ? up + row * up_stride + first : NULL, count,
@@ -74,7 +69,7 @@ EXPORT int32_t loraplex_rotate(
     const float *sin, int64_t rows, int64_t heads, int64_t width
 ) {
     const turn_fn turn = turns[isa];
-#pragma omp parallel for num_threads(worth(rows * heads * width, 3, threads)) schedule(static)
+#pragma omp parallel for num_threads(worth(rows * heads * width * 3, threads)) schedule(static)
     for (int64_t row = 0; row < rows; row++)
         for (int64_t head = 0; head < heads; head++)
             turn(y + (row * heads + head) * width, x + row * row_stride + head * head_stride, cos + row * width,

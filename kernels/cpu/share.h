@@ -9,6 +9,9 @@
 #define COST(bytes, products) ((bytes) * 2 / 3 + (products) / 3)
 #define WORTH_SHARING 100000 /* below this, waking threads takes longer than the work */
 
+/* Threads for work of this cost. */
+static inline int worth(int64_t cost, int32_t threads) { return cost < WORTH_SHARING ? 1 : threads; }
+
 #define PREFETCH(from, at) __builtin_prefetch((const char *)(from) + (at), 0, 2)
 
 typedef struct {

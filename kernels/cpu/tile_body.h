@@ -62,19 +62,22 @@
 
 #define RUN_TILE(KIND, ROWS, WIDE) \
     case ROWS: \
-        NAME(KIND##_tile_##ROWS)(x + first * BLOCK, w, scale, y + first * STRIP, first ? 0 : ask); \
+        NAME(KIND##_tile_##ROWS)(x + first * per_row, w, scale, y + first * STRIP, first ? 0 : ask); \
         break;
 
-/* NAME(kind_block): every row of x, in tiles of nearly equal height, `HIGHEST` rows at most. */
-#define DEFINE_BLOCK(KIND, TILES, HIGHEST) \
-    TILES(DEFINE_TILE, KIND) \
-    static TARGET void NAME(KIND##_block)(int64_t rows, const float *x, const void *w, const float *scale, float *y, int64_t ask) { \
+/* NAME(kind_block): every row of x, `per_row` of its elements each, in tiles of nearly equal height, `HIGHEST` rows at most. */
+#define DEFINE_ROWS(KIND, TARGETED, X, PER_ROW, TILES, HIGHEST) \
+    static TARGETED void NAME(KIND##_block)(int64_t rows, const X *x, const void *w, const float *scale, float *y, int64_t ask) { \
+        enum { per_row = PER_ROW }; \
         int64_t tiles = (rows + HIGHEST - 1) / HIGHEST; \
         for (int64_t first = 0, count; first < rows; first += count, tiles--) { \
             count = (rows - first + tiles - 1) / tiles; \
             switch (count) { TILES(RUN_TILE, KIND) } \
         } \
     }
+#define DEFINE_BLOCK(KIND, TILES, HIGHEST) \
+    TILES(DEFINE_TILE, KIND) \
+    DEFINE_ROWS(KIND, TARGET, float, BLOCK, TILES, HIGHEST)
 
 static inline TARGET VEC NAME(f32_weights)(const void *w, int g, int i, int v) {
     return vload((const float *)w + (8 * g + i) * STRIP + v * LANES);

@@ -77,11 +77,11 @@ def in_turn(measures: Mapping[Any, Measure], rounds: int, what: str) -> dict[Any
     return {key: statistics.median(values) for key, values in seen.items()}
 
 
-def in_dtype(theirs: Apart, dtype: torch.dtype, measure: Measure) -> Measure:
-    """The measure, with bitsandbytes' products computed in that dtype."""
+def after(first: Callable[[], object], measure: Measure) -> Measure:
+    """The measure, with something done before it and outside its time."""
 
     def measured() -> float:
-        theirs.multiply_in(dtype)
+        first()
         return measure()
 
     return measured
@@ -123,21 +123,18 @@ class Bench:
         """Decode and prefill against bitsandbytes' own products in the same engine, base only."""
         with ExitStack() as stack:
             theirs = self._load("theirs", stack, linear_backend="bitsandbytes")
+            chosen = {who: partial(theirs.multiply_in, dtype) for who, dtype in THEIRS.items()}
             decode: dict[Any, Measure] = {}
             prefill: dict[Any, Measure] = {(who, PREFILL): ours.prefill for who, ours in self.ours.items()}
             for batch in self.plan.batches:
                 for who, ours in self.ours.items():
                     decode[who, batch] = partial(ours.decode, [None] * batch, self.plan.steps)
-                for who, dtype in THEIRS.items():
-                    decode[who, batch] = in_dtype(
-                        theirs, dtype, partial(theirs.decode, [None] * batch, self.plan.few)
-                    )
-            trials = {
-                who: in_dtype(theirs, dtype, partial(theirs.prefill, 64))() for who, dtype in THEIRS.items()
-            }
+                for who, choose in chosen.items():
+                    decode[who, batch] = after(choose, partial(theirs.decode, [None] * batch, self.plan.few))
+            trials = {who: after(choose, partial(theirs.prefill, 64))() for who, choose in chosen.items()}
             faster = min(trials, key=trials.__getitem__)  # the other may take half a minute
-            prefill[faster, PREFILL] = in_dtype(theirs, THEIRS[faster], theirs.prefill)
-            decode["fp32", 1] = self._beside_reads(decode["fp32", 1])
+            prefill[faster, PREFILL] = after(chosen[faster], theirs.prefill)
+            decode["fp32", 1] = after(self._look_at_memory, decode["fp32", 1])
             steps, filled = self._timed("decode", decode), self._timed("prefill", prefill)
         self.results.add(name="bandwidth", gb_per_s=round(self.bandwidth / 1e9, 2))
         self.peft_dtype = min(THEIRS.items(), key=lambda item: steps[item[0], 16])[1]
@@ -199,14 +196,8 @@ class Bench:
         (stack or self._stack).callback(made.close)
         return made
 
-    def _beside_reads(self, measure: Measure) -> Measure:
-        """The measure, after a look at what memory gives in that minute."""
-
-        def measured() -> float:
-            self.bandwidth = max(self.bandwidth, read_bandwidth())
-            return measure()
-
-        return measured
+    def _look_at_memory(self) -> None:
+        self.bandwidth = max(self.bandwidth, read_bandwidth())
 
     def _steps(self, who: str) -> int:
         return self.plan.steps if who in self.ours else self.plan.few
