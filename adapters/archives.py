@@ -109,6 +109,8 @@ def tar_entries(source: Reader, budget: Budget) -> Iterator[Entry]:
 
 def _zip_opener(archive: zipfile.ZipFile, info: zipfile.ZipInfo, budget: Budget) -> Callable[[], Reader]:
     def open_entry() -> Reader:
+        if info.header_offset < 0:
+            raise zipfile.BadZipFile(f"{info.filename!r} lies before the archive")
         if info.flag_bits & 1:
             raise zipfile.BadZipFile(f"{info.filename!r} is encrypted")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

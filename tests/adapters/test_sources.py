@@ -325,6 +325,18 @@ def test_a_flipped_bit_is_seen_by_the_checksum(tmp_path, files, kind):
     assert "damaged" in refused(archive, tmp_path)
 
 
+def test_a_zip_whose_directory_points_before_its_start(tmp_path, files):
+    archive = make("zip", tmp_path / "archive", files)
+    data = bytearray(archive.read_bytes())
+    place = len(data) - 22 + 16  # of the directory's offset, in the end record
+    offset = int.from_bytes(data[place : place + 4], "little")
+    data[place : place + 4] = (offset + 1).to_bytes(4, "little")  # a reader then takes one byte off every place
+    archive.write_bytes(bytes(data))
+    said = refused(archive, tmp_path)
+    assert "damaged" in said
+    assert "before the archive" in said
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), kind=st.sampled_from(["zip", "tar", "tar.gz"]))
 def test_a_damaged_archive_is_refused_or_whole_but_never_breaks(tmp_path, files, data, kind):
