@@ -330,7 +330,7 @@ def test_a_zip_whose_directory_points_before_its_start(tmp_path, files):
     data = bytearray(archive.read_bytes())
     place = len(data) - 22 + 16  # of the directory's offset, in the end record
     offset = int.from_bytes(data[place : place + 4], "little")
-    data[place : place + 4] = (offset + 1).to_bytes(4, "little")  # a reader then takes one byte off every place
+    data[place : place + 4] = (offset + 1).to_bytes(4, "little")  # a reader then takes 1 off every place
     archive.write_bytes(bytes(data))
     said = refused(archive, tmp_path)
     assert "damaged" in said
