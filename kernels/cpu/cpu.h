@@ -15,7 +15,10 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define ISA_TABLE(name) {name##_portable, name##_avx2, name##_avx512}
+/* AMD's cores look values up in a unit that does not multiply, Intel's in one of the two that do. */
+#define LOOKS_UP_ASIDE __builtin_cpu_is("amd")
 #else
+#define LOOKS_UP_ASIDE 0
 #define ISA_TABLE(name) {name##_portable, name##_portable, name##_portable}
 #endif
 

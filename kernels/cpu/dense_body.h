@@ -11,7 +11,7 @@ static TARGET void NAME(f32_strip)(const void *x, int64_t all_rows, int64_t rows
 static inline TARGET VEC NAME(bf16_weights)(const void *w, int g, int i, int v) {
     return vload_bf16((const uint16_t *)w + (8 * g + i) * STRIP + v * LANES);
 }
-DEFINE_BLOCK(bf16, DECODING_TILES, DECODING_ROWS)
+DEFINE_BLOCK(bf16, DECODING_TILES, DECODING_TILE_ROWS)
 
 static TARGET void NAME(bf16_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
                                     float *y) {

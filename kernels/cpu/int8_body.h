@@ -154,7 +154,7 @@ static INT8_TARGET void NAME(int8_unpack)(const uint8_t *codes, uint8_t *w) {
 
 DEFINE_INT8_BLOCK(int8, TILES, TILE_ROWS)
 #if ISA == ISA_AVX512
-DEFINE_INT8_BLOCK(code, DECODING_TILES, DECODING_ROWS)
+DEFINE_INT8_BLOCK(code, DECODING_TILES, DECODING_TILE_ROWS)
 #endif
 
 static INT8_TARGET void NAME(int8_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
@@ -197,4 +197,5 @@ static INT8_TARGET void NAME(int8_strip)(const void *x, int64_t all_rows, int64_
 #undef TILE_ROWS
 #undef DECODING_TILES
 #undef DECODING_ROWS
+#undef DECODING_TILE_ROWS
 #undef VECTORS

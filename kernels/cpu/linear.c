@@ -192,10 +192,9 @@ static void write_sums(const product *p, int64_t s, int64_t row, int64_t rows, c
         memcpy(p->y + (row + r) * p->n + s * STRIP, sums + r * STRIP, least(STRIP, p->n - s * STRIP) * sizeof(float));
 }
 
-/* Rows `row` to `row + rows` in strips `from` to `to`: a few blocks of every strip in turn, so that their x stays near. A
- * row alone waits for memory, which serves several streams faster than one. */
+/* Rows `row` to `row + rows` in strips `from` to `to`: a few blocks of every strip in turn, so that their x stays near. */
 static void add_products(const product *p, int64_t row, int64_t rows, int64_t from, int64_t to, float *sums) {
-    const int64_t near = rows == 1 ? 1 : NEAR / p->kernel.row_bytes / rows, strip_bytes = p->blocks * p->kernel.block_bytes;
+    const int64_t near = NEAR / p->kernel.row_bytes / rows, strip_bytes = p->blocks * p->kernel.block_bytes;
     if (p->rows == 1 && p->kernel.pair)
         for (; from + 2 <= to; from += 2, sums += 2 * CHUNK * STRIP)
             p->kernel.pair((const float *)p->x, p->packed + from * strip_bytes, strip_bytes, p->blocks, sums, CHUNK * STRIP);

@@ -9,7 +9,7 @@ static inline TARGET VEC NAME(nf4_weights)(const void *codes, int g, int i, int 
     return _mm512_permutexvar_ps(shift ? _mm512_srli_epi32(dwords, shift) : dwords, _mm512_loadu_ps(NF4_VALUES));
 }
 
-DEFINE_BLOCK(nf4, DECODING_TILES, DECODING_ROWS)
+DEFINE_BLOCK(nf4, DECODING_TILES, DECODING_TILE_ROWS)
 
 /* One row of x and two strips at a time, `apart` bytes between them and `y_apart` between their sums: a value is broadcast
  * for both, and memory serves two streams. The same sums as a tile's, in the same order. */

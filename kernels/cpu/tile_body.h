@@ -9,12 +9,13 @@
 #define VECTORS (STRIP / LANES)
 
 /* Tiles by (kind, rows, vectors of the strip at a time). Each load is used more than twice: a core may have one load of
- * AVX-512's width for two products. Weights may be decoded as they are read, again for every tile, for up to DECODING_ROWS:
- * for more, decoding them once into memory is faster. */
+ * AVX-512's width for two products. Weights are decoded as they are read, again for every tile, for up to DECODING_ROWS: for
+ * more, decoding them once into memory is no slower. A processor that looks up aside decodes as often as it likes. */
 #define TILE_ROWS 6
 #if ISA == ISA_AVX512 /* 32 registers: 24 sums, 4 weights; a value is broadcast */
 #define TILES(DO, KIND) DO(KIND, 1, 4) DO(KIND, 2, 4) DO(KIND, 3, 4) DO(KIND, 4, 4) DO(KIND, 5, 4) DO(KIND, 6, 4)
-#define DECODING_ROWS 12
+#define DECODING_ROWS (LOOKS_UP_ASIDE ? 96 : 12)
+#define DECODING_TILE_ROWS (LOOKS_UP_ASIDE ? TILE_ROWS : 12)
 #define DECODING_TILES(DO, KIND) \
     TILES(DO, KIND) DO(KIND, 7, 2) DO(KIND, 8, 2) DO(KIND, 9, 2) DO(KIND, 10, 2) DO(KIND, 11, 2) DO(KIND, 12, 2)
 #else
@@ -24,6 +25,7 @@
 #define TILES(DO, KIND) DO(KIND, 1, 1) DO(KIND, 2, 1) DO(KIND, 3, 1) DO(KIND, 4, 1) DO(KIND, 5, 1) DO(KIND, 6, 1)
 #endif
 #define DECODING_ROWS 1
+#define DECODING_TILE_ROWS 1
 #define DECODING_TILES(DO, KIND) DO(KIND, 1, 8)
 #endif
 
