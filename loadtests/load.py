@@ -32,6 +32,13 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo"
 RESULTS = ROOT / "loadtests" / "results" / "load.jsonl"
 ADAPTERS = ("medical", "legal", "finance", "support")
+INSTRUCTIONS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_vnni": "VNNI",
+    "avx_vnni": "VNNI for AVX2",
+    "avx512_bf16": "bfloat16",
+}  # by the flags of /proc/cpuinfo
 SUBJECTS = ("discharge", "a bond", "interest", "relief", "a charge", "a claim", "a trust", "a balance")
 
 
@@ -91,9 +98,13 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 
 def machine() -> str:
+    """The processor, how many, and what of its instructions decides how fast it multiplies."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()} x{len(names) or 1}"
+    flags = {flag for line in lines if line.startswith("flags") for flag in line.split()}
+    kinds = [name for flag, name in INSTRUCTIONS.items() if flag in flags]
+    named = f"{names[0] if names else platform.processor()} x{len(names) or 1}"
+    return f"{named} ({', '.join(kinds)})" if kinds else named
 
 
 def commit() -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +72,9 @@ def source(line: Line) -> str:
     return f"From `{line['command']}` {where}"
 
 
-def speed(lines: list[Line]) -> list[str]:
-    """What one run of `make bench-cpu` found."""
+def speed(ended: list[list[Line]]) -> list[str]:
+    """What the newest run of `make bench-cpu` found, and the figures of the newest on each machine."""
+    lines = ended[-1]
     found = tables(lines)
     picture(found["decode"] | found["mixed"], DOCS / "performance-cpu.svg")
     return [
@@ -87,10 +87,33 @@ def speed(lines: list[Line]) -> list[str]:
         *as_table("prefill", found["prefill"], "tokens"),
         "![Tokens per second over the batch](performance-cpu.svg)",
         "",
-        "| figure | value | bound | |",
-        "| --- | ---: | ---: | --- |",
-        *(figure_row(line) for line in lines if "status" in line),
+        *machines(ended),
     ]
+
+
+def machines(ended: list[list[Line]]) -> list[str]:
+    """A row per figure, a column per machine; what is short is bold, with its bound where that is not the row's."""
+    newest: dict[str, list[Line]] = {}
+    for lines in reversed(ended):
+        newest.setdefault(lines[0]["machine"], lines)
+    kept = [{line["name"]: line for line in lines if "status" in line} for lines in newest.values()]
+    head = ["| figure | bound | " + " | ".join(newest) + " |", "| --- | ---: |" + " ---: |" * len(newest)]
+    rows = []
+    for name, line in kept[0].items():
+        cells = [figure_cell(figures[name], line["bound"]) if name in figures else "" for figures in kept]
+        rows.append(f"| `{name}` | {line['bound']:.3g} | " + " | ".join(cells) + " |")
+    runs = [
+        f"- {machine}: commit {lines[0]['commit']}, `{lines[0]['command']}`, {lines[0]['run']}"
+        for machine, lines in newest.items()
+    ]
+    return [*head, *rows, "", "Short of its bound: **bold**. The newest run on each machine:", "", *runs]
+
+
+def figure_cell(line: Line, bound: float) -> str:
+    if line["value"] is None:
+        return line["why"]
+    value = f"{line['value']:.3g}" + (f" of {line['bound']:.3g}" if line["bound"] != bound else "")
+    return f"**{value}**" if line["status"] == "short" else value
 
 
 def figure_row(line: Line) -> str:
@@ -175,17 +198,17 @@ def milliseconds(line: Line) -> str:
     return f"{line['seconds'] * 1e3:.3g}{times}"
 
 
-def newest(name: str, section: Callable[[list[Line]], list[str]]) -> list[str]:
-    """The section of the newest run that came to its end: to its figures, or to the last model that it scores."""
-    ended = [lines for lines in runs(name) if "status" in lines[-1] or lines[-1].get("model") == "adapter"]
-    return section(ended[-1]) if ended else []
+def complete(name: str) -> list[list[Line]]:
+    """The runs that came to their end: to their figures, or to the last model that they score."""
+    return [lines for lines in runs(name) if "status" in lines[-1] or lines[-1].get("model") == "adapter"]
 
 
 def rewritten(page: str) -> str:
     """The page with the newest complete run of each kind between its marks; what was never run says so."""
+    timed, scored = complete("cpu"), complete("int8")
     sections = {
-        "cpu": newest("cpu", speed),
-        "int8": newest("int8", quality),
+        "cpu": speed(timed) if timed else [],
+        "int8": quality(scored[-1]) if scored else [],
         "gpu": gpus(),
     }
     for name, lines in sections.items():

@@ -9,6 +9,7 @@ report = pytest.importorskip("tests.bench.report", reason="matplotlib is not her
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 RUN = {"commit": "abc", "machine": "cpu x2", "command": "make bench-cpu", "seed": 0}
+TIMED = {"name": "decode", "case": ["fp32", 16], "seconds": 0.1}
 QUALITY = {
     "tokens": 9,
     "perplexity_fp32": 2.0,
@@ -37,16 +38,26 @@ def figure(value, why=None):
 
 
 def test_the_newest_run_that_came_to_its_end(keep, tmp_path):
-    timed = {"name": "decode", "case": ["fp32", 16], "seconds": 0.1}
-    keep("cpu", "one", timed, figure(5.5))
-    keep("cpu", "two", timed | {"seconds": 0.2}, figure(6.5), figure(None, "this CPU has no VNNI"))
-    keep("cpu", "cut", timed | {"seconds": 0.4})
+    keep("cpu", "one", TIMED, figure(5.5))
+    keep("cpu", "two", TIMED | {"seconds": 0.2}, figure(6.5))
+    keep("cpu", "cut", TIMED | {"seconds": 0.4})
     page = report.rewritten(PAGE.read_text())
     assert "two, seed 0" in page
     assert "| fp32 | 80.0 |" in page
-    assert "| `f` | 6.5 | 1.3 | ok |" in page
-    assert "| `f` | | 1.3 | unmeasured: this CPU has no VNNI |" in page
+    assert "| `f` | 1.3 | 6.5 |" in page
     assert (tmp_path / "performance-cpu.svg").exists()
+
+
+def test_a_column_for_each_machine(keep):
+    old, new = {"machine": "old x2"}, {"machine": "new x2"}
+    short = figure(1.2) | {"status": "short"}
+    keep("cpu", "one", figure(9) | old)
+    keep("cpu", "two", short | old, figure(None, "this CPU has no VNNI") | old | {"name": "g"})
+    keep("cpu", "three", TIMED | new, figure(5) | new | {"bound": 1.4}, figure(2) | new | {"name": "g"})
+    page = report.rewritten(PAGE.read_text())
+    assert "| figure | bound | new x2 | old x2 |" in page
+    assert "| `f` | 1.4 | 5 | **1.2 of 1.3** |" in page
+    assert "| `g` | 1.3 | 2 | this CPU has no VNNI |" in page
 
 
 def test_what_int8_costs(keep):
