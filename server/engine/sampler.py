@@ -26,7 +26,7 @@ from torch import Tensor, cuda
 
 from server.engine.sequence import Logprobs, Sequence
 
-_LEAST_TEMPERATURE = 1e-30  # greedy by any measure; what is smaller is 0 in float32
+_LEAST = 1e-30  # that logits are divided by: what is smaller is 0 in float32
 _RANKED_ROWS = 32  # of which the likeliest are found at once: int64 keys take twice the room of logits
 
 
@@ -190,7 +190,8 @@ def _penalties(row: int, sequence: Sequence) -> NDArray[np.float64]:  # [6, toke
     if sampling.repetition_penalty != 1:
         unsaid = np.setdiff1d(sequence.prompt_ids(), ids, assume_unique=True)
         ids, counts = np.concatenate((ids, unsaid)), np.concatenate((counts, np.zeros_like(unsaid)))
-    each = [row, sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty]
+    least = max(sampling.repetition_penalty, _LEAST)
+    each = [row, least, sampling.frequency_penalty, sampling.presence_penalty]
     rows, repetition, frequency, presence = np.broadcast_to(np.array(each)[:, None], (4, len(ids)))
     return np.stack((rows, ids, repetition, frequency, counts, presence))
 
@@ -212,7 +213,7 @@ def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     def column(values: Iterable[float], dtype: torch.dtype) -> Tensor:
         return _on(logits.device, list(values), dtype)[:, None]
 
-    temperatures = [max(s.sampling.temperature, _LEAST_TEMPERATURE) for s in sequences]
+    temperatures = [max(s.sampling.temperature, _LEAST) for s in sequences]
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / column(temperatures, torch.float32)
     min_p = [s.sampling.min_p for s in sequences]
     if (

@@ -26,6 +26,15 @@ def test_repetition_penalty_is_transformers(penalty):
     assert not torch.equal(theirs, logits)
 
 
+@pytest.mark.parametrize("penalty", [1e-20, 1e-40, 5e-324])
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1.0])
+def test_however_small_a_repetition_penalty_logits_stay_numbers(penalty, temperature):
+    logits = torch.tensor([[2.0, 9.0, 0.0, -3.0]])
+    asked = sequence((0,), output=(2, 3), repetition_penalty=penalty, temperature=temperature)
+    assert _shape(logits, [asked], None).isfinite().all()
+    assert sampled(logits, [asked]) == [0]  # of those that stand in the text, the likeliest
+
+
 @pytest.mark.parametrize(
     ("presence", "frequency"), [(0.7, 0.0), (0.0, 0.4), (-1.5, 0.0), (0.3, -2.0), (2.0, 2.0)]
 )
