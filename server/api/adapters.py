@@ -9,15 +9,17 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.errors import AdapterError
-from adapters.records import check_name
+from adapters.records import NAME, check_name
 from adapters.store import FILES
 from server.api.asgi import media_type, read_json, request_id_of
 from server.api.auth import CHANGES
 from server.api.envelope import as_error
+from server.api.openapi import body, json_body
+from server.api.schemas.answers import Adapter, AdapterList, AdapterVersionList
 from server.api.schemas.generation import described
 from server.api.upload import received, received_form
 from server.errors import ContentTypeError, InvalidRequestError
@@ -44,14 +46,33 @@ ARCHIVES = frozenset(
 )
 
 _HOST = re.compile(r"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9a-fA-F:]+\](:[0-9]+)?")
+_STORED: dict[int | str, dict[str, Any]] = {
+    200: {"model": Adapter, "description": "It was there already"},
+    201: {"model": Adapter, "description": "The name moved to it"},
+}
+_BYTES = {"type": "string", "format": "binary"}
+_NAME = {"pattern": f"^{NAME.pattern}$"}
 _FORM = {
     "type": "object",
     "required": ["name", "file"],
     "properties": {
-        "name": {"type": "string"},
-        "file": {"type": "string", "format": "binary", "description": "a zip or tar, or both files"},
+        "name": {"type": "string", **_NAME},
+        "file": {**_BYTES, "description": "a zip or tar, or both files"},
     },
 }
+_HEADERS = {
+    "If-Match": "the generation, as in ETag, that the name must be at",
+    "Content-Digest": "`sha-256=:<base64>:` of the body, to have it checked",
+}
+
+Name = Annotated[str, Path(json_schema_extra=_NAME)]  # checked where a wrong one is refused in our words
+
+
+def _headers(*names: str) -> dict[str, Any]:
+    """`openapi_extra` of a route that reads these itself."""
+    said = [{"name": name, "in": "header", "description": _HEADERS[name]} for name in names]
+    return {"parameters": [{**one, "schema": {"type": "string"}} for one in said]}
+
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
@@ -67,8 +88,14 @@ class Rollback(BaseModel):
     ]
 
 
-@router.put("/{name:path}", dependencies=[CHANGES])  # a slash in a name is a wrong name, not another route
-async def put_adapter(name: str, request: Request, edge: EdgeOf) -> Response:
+@router.put(
+    "/{name:path}",  # a slash in a name is a wrong name, not another route
+    dependencies=[CHANGES],
+    responses=_STORED,
+    openapi_extra=body(dict.fromkeys(sorted(ARCHIVES - {""}), _BYTES))
+    | _headers("If-Match", "Content-Digest"),
+)
+async def put_adapter(name: Name, request: Request, edge: EdgeOf) -> Response:
     """Register or replace an adapter from a zip or tar of a PEFT folder; 201, or 200 if nothing changed."""
     return await _counted(_put(name, request, edge), edge)
 
@@ -76,7 +103,8 @@ async def put_adapter(name: str, request: Request, edge: EdgeOf) -> Response:
 @router.post(
     "",
     dependencies=[CHANGES],
-    openapi_extra={"requestBody": {"content": {"multipart/form-data": {"schema": _FORM}}}},
+    responses=_STORED,
+    openapi_extra=body({"multipart/form-data": _FORM}) | _headers("If-Match"),
 )
 async def post_adapter(request: Request, edge: EdgeOf) -> Response:
     """The same from a form: the field `name`, and `file`: the archive, or each of the folder's two files."""
@@ -84,7 +112,7 @@ async def post_adapter(request: Request, edge: EdgeOf) -> Response:
 
 
 @router.get("")
-def list_adapters(edge: EdgeOf) -> dict[str, Any]:
+def list_adapters(edge: EdgeOf) -> AdapterList:
     """Every adapter, those included that this base cannot serve."""
     entries = edge.serving.ready().registry.entries()
     return {
@@ -93,14 +121,14 @@ def list_adapters(edge: EdgeOf) -> dict[str, Any]:
     }
 
 
-@router.get("/{name}")
-def get_adapter(name: str, edge: EdgeOf) -> Response:
+@router.get("/{name}", responses={200: {"model": Adapter}})
+def get_adapter(name: Name, edge: EdgeOf) -> Response:
     """One adapter; its ETag is its generation."""
     return _response(200, edge.serving.ready().registry.entry(name))
 
 
-@router.delete("/{name}", status_code=204, dependencies=[CHANGES])
-def delete_adapter(name: str, request: Request, edge: EdgeOf) -> Response:
+@router.delete("/{name}", status_code=204, dependencies=[CHANGES], openapi_extra=_headers("If-Match"))
+def delete_adapter(name: Name, request: Request, edge: EdgeOf) -> Response:
     """Remove the name. Requests that run with it end as they began."""
     edge.serving.ready().registry.delete(name, if_match=_if_match(request))
     logger.info("adapter removed name=%s request_id=%s", name, request_id_of(request))
@@ -108,7 +136,7 @@ def delete_adapter(name: str, request: Request, edge: EdgeOf) -> Response:
 
 
 @router.get("/{name}/versions")
-def list_versions(name: str, edge: EdgeOf) -> dict[str, Any]:
+def list_versions(name: Name, edge: EdgeOf) -> AdapterVersionList:
     """The present version and those that a rollback can return to, newest first."""
     versions = edge.serving.ready().registry.versions(name)
     return {
@@ -128,11 +156,10 @@ def list_versions(name: str, edge: EdgeOf) -> dict[str, Any]:
 @router.post(
     "/{name}/rollback",
     dependencies=[CHANGES],
-    openapi_extra={
-        "requestBody": {"content": {"application/json": {"schema": Rollback.model_json_schema()}}}
-    },
+    responses={200: {"model": Adapter}},
+    openapi_extra=json_body(Rollback) | _headers("If-Match"),
 )
-async def roll_back(name: str, request: Request, edge: EdgeOf) -> Response:
+async def roll_back(name: Name, request: Request, edge: EdgeOf) -> Response:
     """Move the name to an earlier version, as a new revision."""
     registry = edge.serving.ready().registry
     if_match = _if_match(request)
@@ -246,7 +273,7 @@ def _response(status: int, entry: Entry) -> Response:
     )
 
 
-def _shown(entry: Entry) -> dict[str, Any]:
+def _shown(entry: Entry) -> Adapter:
     return {
         "id": entry.name,
         "object": "adapter",

@@ -31,6 +31,7 @@ class Guard:
         self._admin_keys = _digests(settings.admin_api_key)
         self._local = is_loopback(settings.host)
         self.closed = bool(self._keys)  # whether every request needs a key
+        self.admin = bool(self._admin_keys)  # whether a change needs an admin key
 
     def admit(self, headers: Headers) -> None:
         """Raise unless the request carries a key."""

@@ -9,7 +9,9 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.asgi import read_json
 from server.api.generation import Lengths, Prompt, Scored
+from server.api.openapi import json_body, streamed
 from server.api.reply import Call, Fields, Format, answer, bounded
+from server.api.schemas.answers import ChatCompletion, ChatCompletionChunk
 from server.api.schemas.generation import CHAT_NEUTRAL, ChatRequest
 from server.errors import InvalidRequestError
 from server.serving import EdgeOf, Served
@@ -50,9 +52,8 @@ FORMAT = Format("chatcmpl-", "chat.completion", "chat.completion.chunk", _messag
 
 @router.post(
     "/chat/completions",
-    openapi_extra={
-        "requestBody": {"content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}
-    },
+    responses=streamed(ChatCompletion, ChatCompletionChunk),
+    openapi_extra=json_body(ChatRequest),
 )
 async def create_chat_completion(request: Request, edge: EdgeOf) -> Response:
     """Answer a conversation, with the base or with the adapter that `adapter` or `model` names."""

@@ -9,7 +9,9 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.asgi import read_json
 from server.api.generation import Echo, Lengths, Prompt, Scored, check_ids
+from server.api.openapi import json_body, streamed
 from server.api.reply import Call, Fields, Format, answer, bounded
+from server.api.schemas.answers import Completion, CompletionChunk
 from server.api.schemas.generation import COMPLETION_NEUTRAL, CompletionRequest
 from server.errors import InvalidRequestError
 from server.serving import EdgeOf, Served
@@ -56,9 +58,8 @@ FORMAT = Format("cmpl-", "text_completion", "text_completion", _text, _delta, _l
 
 @router.post(
     "/completions",
-    openapi_extra={
-        "requestBody": {"content": {"application/json": {"schema": CompletionRequest.model_json_schema()}}}
-    },
+    responses=streamed(Completion, CompletionChunk),
+    openapi_extra=json_body(CompletionRequest),
 )
 async def create_completion(request: Request, edge: EdgeOf) -> Response:
     """Continue one or several prompts, with the base or with the adapter that `adapter` or `model` names."""

@@ -6,12 +6,15 @@ The one place that turns exceptions into bytes. Knows nothing of what raised the
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from adapters.errors import AdapterError
 from server.api.validation import first_error
@@ -59,7 +62,7 @@ def last_events(error: Exception) -> bytes:
     return b"data: " + orjson.dumps(envelope(as_error(error))) + b"\n\ndata: [DONE]\n\n"
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, routes: Sequence[APIRoute]) -> None:
     """Answer every error of `app` with an envelope; what no handler knows reaches `server/api/asgi.py`."""
 
     async def ours(_: Request, error: Exception) -> Response:
@@ -71,7 +74,10 @@ def install(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return _http_error(request, error)
+        response = _http_error(request, error)
+        if error.status_code == 405:  # Starlette names the methods of the first of a path's routes alone
+            response.headers["allow"] = ", ".join(_methods(request, routes))
+        return response
 
     app.add_exception_handler(LoraplexError, ours)
     app.add_exception_handler(AdapterError, ours)
@@ -90,6 +96,12 @@ def _http_error(request: Request, error: HTTPException) -> Response:
     response = _response(error.status_code, _body(message, "invalid_request_error", None, code))
     response.headers.update(error.headers or {})
     return response
+
+
+def _methods(request: Request, routes: Sequence[APIRoute]) -> list[str]:
+    """Of every route with the request's path."""
+    found = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in found for method in route.methods or ()})
 
 
 def _body(message: str, kind: str, param: str | None, code: str) -> dict[str, Any]:

@@ -8,18 +8,20 @@ import orjson
 from fastapi import APIRouter, Response
 
 from server.api.envelope import RETRY_AFTER
+from server.api.schemas.answers import Status, Version
 from server.serving import EdgeOf
 from server.version import VERSION
 
 METRICS_TYPE = (
     "text/plain; version=0.0.4; charset=utf-8"  # whatever Accept says: OpenMetrics breaks vllm:* names
 )
+STATUS: dict[int | str, dict[str, Any]] = {200: {"model": Status}, 503: {"model": Status}}
 
 router = APIRouter(tags=["operations"])
 
 
 @router.head("/health", include_in_schema=False)
-@router.get("/health")
+@router.get("/health", responses=STATUS)
 def health(edge: EdgeOf) -> Response:
     """Whether the process is of use: 200 from the first second, 503 once only a restart helps."""
     serving = edge.serving
@@ -28,7 +30,7 @@ def health(edge: EdgeOf) -> Response:
 
 
 @router.head("/ready", include_in_schema=False)
-@router.get("/ready")
+@router.get("/ready", responses=STATUS)
 def ready(edge: EdgeOf) -> Response:
     """Whether requests would be served now."""
     serving = edge.serving
@@ -41,12 +43,16 @@ def ready(edge: EdgeOf) -> Response:
 
 
 @router.get("/version")
-def version() -> dict[str, str]:
+def version() -> Version:
     """The server's version."""
     return {"name": "loraplex", "version": VERSION}
 
 
-@router.get("/metrics")
+@router.get(
+    "/metrics",
+    response_class=Response,  # FastAPI would promise JSON as well
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
 def metrics(edge: EdgeOf) -> Response:
     """Prometheus' text format."""
     return Response(edge.metrics.render(), headers={"content-type": METRICS_TYPE})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
 
 from adapters.errors import AdapterError
 from server.api.auth import CHANGES
+from server.api.schemas.answers import DeletedModel, Model, ModelList
 from server.errors import InvalidRequestError, ModelNotFoundError
 from server.serving import Edge, EdgeOf, Served
 
@@ -18,13 +19,13 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 @router.get("")
-def list_models(edge: EdgeOf) -> dict[str, Any]:
+def list_models(edge: EdgeOf) -> ModelList:
     """The base first, by each of its served names, then its adapters by name."""
     return {"object": "list", "data": _models(edge)}
 
 
 @router.get("/{id:path}")
-def get_model(id: str, edge: EdgeOf) -> dict[str, Any]:
+def get_model(id: str, edge: EdgeOf) -> Model:
     """One model by the id it is listed under, by `base:adapter`, or the base by its path."""
     wanted = _named(edge, id)
     for model in _models(edge):
@@ -34,7 +35,7 @@ def get_model(id: str, edge: EdgeOf) -> dict[str, Any]:
 
 
 @router.delete("/{id:path}", dependencies=[CHANGES])
-def delete_model(id: str, edge: EdgeOf) -> dict[str, Any]:
+def delete_model(id: str, edge: EdgeOf) -> DeletedModel:
     """Remove an adapter, as OpenAI's clients delete a fine-tuned model."""
     served, name = edge.serving.ready(), _named(edge, id)
     if name in edge.base_names(served):
@@ -60,9 +61,9 @@ def _unknown(id: str) -> ModelNotFoundError:
     )
 
 
-def _models(edge: Edge) -> list[dict[str, Any]]:
+def _models(edge: Edge) -> list[Model]:
     served = edge.serving.ready()
-    bases = [
+    bases: list[Model] = [
         {
             "id": name,
             "object": "model",
@@ -78,7 +79,7 @@ def _models(edge: Edge) -> list[dict[str, Any]]:
     return [*bases, *(_adapter(entry, served) for entry in sorted(ready, key=lambda entry: entry.name))]
 
 
-def _adapter(entry: Entry, served: Served) -> dict[str, Any]:
+def _adapter(entry: Entry, served: Served) -> Model:
     return {
         "id": entry.name,
         "object": "model",

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.asgi import read_json
 from server.api.generation import Ids, check_ids
+from server.api.openapi import json_body
+from server.api.schemas.answers import Text, Tokens
 from server.api.schemas.generation import Message
 from server.api.selection import select
 from server.errors import InvalidRequestError
@@ -45,13 +47,8 @@ class DetokenizeRequest(_Request):
     tokens: list[int]
 
 
-@router.post(
-    "/tokenize",
-    openapi_extra={
-        "requestBody": {"content": {"application/json": {"schema": TokenizeRequest.model_json_schema()}}}
-    },
-)
-async def tokenize(request: Request, edge: EdgeOf) -> dict[str, Any]:
+@router.post("/tokenize", openapi_extra=json_body(TokenizeRequest))
+async def tokenize(request: Request, edge: EdgeOf) -> Tokens:
     """The ids that a completion or a chat completion would begin with."""
     served = edge.serving.ready()
     body = await read_json(request, TokenizeRequest)
@@ -65,13 +62,8 @@ async def tokenize(request: Request, edge: EdgeOf) -> dict[str, Any]:
     }
 
 
-@router.post(
-    "/detokenize",
-    openapi_extra={
-        "requestBody": {"content": {"application/json": {"schema": DetokenizeRequest.model_json_schema()}}}
-    },
-)
-async def detokenize(request: Request, edge: EdgeOf) -> dict[str, str]:
+@router.post("/detokenize", openapi_extra=json_body(DetokenizeRequest))
+async def detokenize(request: Request, edge: EdgeOf) -> Text:
     """The text of ids, special tokens included."""
     served = edge.serving.ready()
     body = await read_json(request, DetokenizeRequest)

@@ -8,6 +8,7 @@ import pytest
 
 from server.api.app import create_app
 from tests.server import fakes
+from tests.server.api.contract import Contract
 
 
 @pytest.fixture
@@ -16,11 +17,15 @@ def world(tmp_path):
 
 
 class Client:
-    """Calls the app, each call in an event loop of its own; afterwards nothing may be held."""
+    """Calls the app, each call in an event loop of its own.
+
+    Afterwards nothing may be held, and every answer must be what the OpenAPI document promises.
+    """
 
     def __init__(self, world):
         self.world = world
         self.app = create_app(world.settings, world.serving)
+        self.contract = Contract(self.app)
 
     def __call__(self, method, path, **options):
         return self.together([(method, path, options)])[0]
@@ -35,6 +40,8 @@ class Client:
 
         answers = asyncio.run(run())
         assert self.world.quiet(), "a reference or a sequence was left behind"
+        for answer in answers:
+            self.contract.check(answer)
         return answers
 
     def complete(self, **body):
