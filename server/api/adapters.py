@@ -50,14 +50,14 @@ _STORED: dict[int | str, dict[str, Any]] = {
     200: {"model": Adapter, "description": "It was there already"},
     201: {"model": Adapter, "description": "The name moved to it"},
 }
-_BYTES = {"type": "string", "format": "binary"}
+_ARCHIVE = {"type": "string", "format": "binary", "description": "a zip or tar of a PEFT folder"}
 _NAME = {"pattern": f"^{NAME.pattern}$"}
 _FORM = {
     "type": "object",
     "required": ["name", "file"],
     "properties": {
         "name": {"type": "string", **_NAME},
-        "file": {**_BYTES, "description": "a zip or tar, or both files"},
+        "file": {**_ARCHIVE, "description": "a zip or tar of a PEFT folder, or each of its two files"},
     },
 }
 _HEADERS = {
@@ -92,8 +92,7 @@ class Rollback(BaseModel):
     "/{name:path}",  # a slash in a name is a wrong name, not another route
     dependencies=[CHANGES],
     responses=_STORED,
-    openapi_extra=body(dict.fromkeys(sorted(ARCHIVES - {""}), _BYTES))
-    | _headers("If-Match", "Content-Digest"),
+    openapi_extra=body({"application/octet-stream": _ARCHIVE}) | _headers("If-Match", "Content-Digest"),
 )
 async def put_adapter(name: Name, request: Request, edge: EdgeOf) -> Response:
     """Register or replace an adapter from a zip or tar of a PEFT folder; 201, or 200 if nothing changed."""
