@@ -17,7 +17,7 @@ from adapters.adapter import Adapter, Delta, Layout
 from adapters.errors import AdapterError, Finding
 from adapters.findings import Findings
 from adapters.peft_config import CONFIG_BYTES, CONFIG_FILE, PeftConfig, parse_config
-from adapters.peft_header import TENSOR_FILE, Header, Placed, place
+from adapters.peft_header import TENSOR_FILE, Placed, place
 from adapters.tensor_file import open_tensors
 
 Keep = Callable[[Tensor, torch.dtype], Tensor]  # what becomes of a tensor of the mapped file
@@ -75,13 +75,13 @@ def read_adapter(
     deltas: list[Delta] = []
     effective = False
     if placed:
-        with open_tensors(folder / TENSOR_FILE) as file:
-            for item in placed:
-                a, b = file.get_tensor(item.pair.a.name), file.get_tensor(item.pair.b.name)
-                peaks = _peak(a, item.pair.a.name, findings), _peak(b, item.pair.b.name, findings)
-                scale = _scale(config, item)
-                effective = effective or (min(peaks) > 0 and scale != 0)
-                deltas.append(Delta(item.site, item.member, keep(a, dtype), keep(b.t(), dtype), scale))
+        file = open_tensors(folder / TENSOR_FILE)
+        for item in placed:
+            a, b = file.tensor(item.pair.a), file.tensor(item.pair.b)
+            peaks = _peak(a, item.pair.a.name, findings), _peak(b, item.pair.b.name, findings)
+            scale = _scale(config, item)
+            effective = effective or (min(peaks) > 0 and scale != 0)
+            deltas.append(Delta(item.site, item.member, keep(a, dtype), keep(b.t(), dtype), scale))
         if not effective and not findings:
             problem = "every delta is zero: a fresh adapter with B = 0 changes nothing"
             findings.invalid("zero", Finding(TENSOR_FILE, problem, "train it, then send it again"))
@@ -95,9 +95,7 @@ def _examine(
     """Everything that can be said without a tensor's values."""
     config = _read_config(folder / CONFIG_FILE, findings)
     try:
-        with open_tensors(folder / TENSOR_FILE) as file:
-            views = [(name, file.get_slice(name)) for name in file.keys()]  # noqa: SIM118 - not a mapping
-            headers = [Header(name, tuple(view.get_shape()), str(view.get_dtype())) for name, view in views]
+        headers = open_tensors(folder / TENSOR_FILE).headers
     except AdapterError as error:
         findings.include(error)
         return config, []

@@ -13,9 +13,9 @@ from adapters.errors import Finding
 from adapters.findings import SHOWN, Findings
 from adapters.peft_config import CONFIG_FILE, PeftConfig, Trained
 from adapters.peft_keys import Key, Names, Part, parse_key
+from adapters.tensor_file import DTYPES, Header
 
 TENSOR_FILE = "adapter_model.safetensors"
-DTYPES = frozenset({"F32", "F16", "BF16"})
 
 _UNSUPPORTED: dict[Part, str] = {
     "magnitude": "is a DoRA magnitude",
@@ -29,15 +29,6 @@ _UNSUPPORTED: dict[Part, str] = {
     "image": "belongs to an image model's LoRA (kohya or diffusers)",
     "gguf": "is named as in a GGUF file, whose rows are permuted",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """One tensor as the file's header tells of it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from typing import IO
 from adapters.archives import CHUNK, Budget, Entry, tar_entries, zip_entries
 from adapters.errors import AdapterError
 from adapters.files import FileOps
+from adapters.magic import CONVERTER, looks_like_pickle, looks_like_safetensors
 from adapters.store import FILES
-from adapters.tensor_file import CONVERTER, looks_like_pickle, looks_like_safetensors
 
 ENTRIES = 64
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")

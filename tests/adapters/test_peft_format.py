@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import psutil
@@ -299,6 +300,45 @@ def test_hostile_tensor_files(tmp_path, data, said):
     folder = write_folder(tmp_path)
     (folder / "adapter_model.safetensors").write_bytes(data)
     assert said in refused(folder)
+
+
+@pytest.mark.parametrize("spaces", [0, 1, 2, 3])
+def test_tensors_need_not_lie_at_multiples_of_their_size(tmp_path, spaces):
+    file = write_folder(tmp_path) / "adapter_model.safetensors"
+    aligned, data = read(tmp_path), file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    file.write_bytes(
+        struct.pack("<Q", length + spaces) + data[8 : 8 + length] + b" " * spaces + data[8 + length :]
+    )
+    for one, other in zip(aligned.deltas, read(tmp_path).deltas, strict=True):
+        assert torch.equal(one.a, other.a)
+        assert torch.equal(one.b, other.b)
+
+
+def test_a_name_that_a_header_has_twice(tmp_path):
+    file = write_folder(tmp_path) / "adapter_model.safetensors"
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    told = data[8 : 8 + length].rstrip()
+    name = next(name for name in json.loads(told) if name != "__metadata__")
+    twice = told[:-1] + b"," + json.dumps({name: F4})[1:].encode()
+    file.write_bytes(struct.pack("<Q", len(twice)) + twice + data[8 + length :])
+    assert "is damaged" in refused(tmp_path)
+
+
+def test_reading_leaves_nothing_in_memory(tmp_path):
+    """The library's `get_tensor` leaves two numbers for each tensor."""
+    reads, tensors = 100, make_tensors(("q_proj", "k_proj", "v_proj", "down_proj"))
+    write_folder(tmp_path, tensors=tensors)
+
+    def blocks_after_reads():
+        for _ in range(reads):
+            read(tmp_path)
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    before = blocks_after_reads()
+    assert (blocks_after_reads() - before) / (reads * len(tensors)) < 0.5
 
 
 def test_too_many_tensors(tmp_path, monkeypatch):
