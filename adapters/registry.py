@@ -112,6 +112,9 @@ class Registry:
             )
             raise AdapterError("adapter_load_failed", problem, findings) from error
 
+    def __contains__(self, name: str) -> bool:
+        return self._names.get(name) is not None
+
     def entries(self) -> list[Entry]:
         """All names, sorted."""
         return [self._entry(name, held) for name, held in self._names.all()]

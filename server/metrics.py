@@ -25,6 +25,7 @@ Ending = Literal["stop", "length", "abort", "error"]
 ENDINGS: tuple[Ending, ...] = ("stop", "length", "abort", "error")
 
 MAX_ADAPTER_LABELS = 200
+LOOK_SECONDS = 1.0  # between two looks for labels of removed adapters, when all are taken
 BASE, OTHER = "(base)", "(other)"  # labels that no adapter's name can equal
 
 # Both ends are in use: a 5 M parameter base on a CPU, and a long queue before a GPU.
@@ -119,6 +120,7 @@ class Metrics:
         self._registry = registry = CollectorRegistry(auto_describe=False)
         self._max_adapter_labels = max_adapter_labels
         self._adapter_labels: set[str] = set()
+        self._look_again = 0.0  # for removed ones, by the monotonic clock
         self._making = threading.Lock()
         self._made: Interop | None = None
         registry.register(EngineCollector(serving))
@@ -198,13 +200,28 @@ class Metrics:
             return self._made
 
     def _adapter_label(self, adapter: str | None) -> str:
-        """The adapter's name, as long as not too many have been seen: names come from users."""
+        """The adapter's name, as long as there are not too many: names come from users."""
         if adapter is None:
             return BASE
-        if adapter not in self._adapter_labels and len(self._adapter_labels) >= self._max_adapter_labels:
+        if adapter in self._adapter_labels:
+            return adapter
+        if len(self._adapter_labels) >= self._max_adapter_labels:
+            self._make_room()
+        if len(self._adapter_labels) >= self._max_adapter_labels:
             return OTHER
         self._adapter_labels.add(adapter)
         return adapter
+
+    def _make_room(self) -> None:
+        """End the series of adapters that have been removed; looked for once in a while."""
+        served = self._serving.served
+        if served is None or time.monotonic() < self._look_again:
+            return
+        self._look_again = time.monotonic() + LOOK_SECONDS
+        for name in [name for name in self._adapter_labels if name not in served.registry]:
+            for metric in (self._requests, self._tokens, self._first_token, self._e2e):
+                metric.remove_by_labels({"adapter": name})
+            self._adapter_labels.remove(name)
 
 
 class _WithoutCreated(Collector):

@@ -173,8 +173,11 @@ class FakeRegistry:
             self.resolved += 1
         return Reference(name, self.names[name], release)
 
+    def __contains__(self, name):
+        return name in self.names
+
     def entry(self, name):
-        if name not in self.names:
+        if name not in self:
             raise AdapterError("adapter_not_found", f"no adapter {name}")
         generation = self.names[name]
         state = "incompatible" if name == "odd" else "ready"

@@ -93,6 +93,29 @@ def test_the_number_of_adapter_labels_is_bounded():
     assert found["loraplex_adapter_tokens_total", *other] == 50 * 2 * 3
 
 
+def test_removed_adapters_leave_their_labels_to_others(tmp_path, monkeypatch):
+    world, now = fakes.world(tmp_path), 100.0
+    monkeypatch.setattr("server.metrics.time.monotonic", lambda: now)
+    metrics, names = Metrics(world.serving, max_adapter_labels=2), world.registry.names
+
+    def served(*adapters):
+        for adapter in adapters:
+            names.setdefault(adapter, "a" * 64)
+            metrics.token_clock(adapter, 5)
+            metrics.generation(adapter, "completed", 5, 2, 0.1)
+        found = samples(metrics)
+        return {dict(key[1:])["adapter"] for key in found if "adapter" in dict(key[1:])}
+
+    assert served("a", "b", "c") == {"a", "b", "(other)"}
+    del names["a"]
+    assert served("c") == {"a", "b", "(other)"}  # the look of a moment ago
+    now += 1
+    assert served("c") == {"b", "c", "(other)"}
+    now += 1
+    assert served("d") == {"b", "c", "(other)"}
+    assert samples(metrics)["loraplex_adapter_tokens_total", ("adapter", "b"), ("direction", "prompt")] == 5
+
+
 def test_outcomes(tmp_path):
     metrics = Metrics(fakes.world(tmp_path).serving)
     metrics.generation("a", "rejected", 5, 0, 0.1)
