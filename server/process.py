@@ -266,3 +266,5 @@ def _log_to_stderr(level: str) -> None:
         force=True,
     )
     logging.getLogger("uvicorn").setLevel("WARNING" if level == "info" else level.upper())
+    # At its import it advises to install a package of the name of one of ours, whose products it would not use here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -30,13 +30,24 @@ def client(server):
         yield client
 
 
+def what_it_said(server) -> list[str]:
+    """The lines of its start, which are printed just after it answers."""
+    until = time.monotonic() + 20
+    while "\nready in " not in server.log.read_text():
+        assert time.monotonic() < until, server.log.read_text()
+        time.sleep(0.1)
+    return server.log.read_text().splitlines()
+
+
 def test_a_start_says_which_kernels_run(server):
     best = load()
     want = "plain PyTorch" if best is None else f"{best.instruction_set}, fp32"
-    until = time.monotonic() + 20  # what a start says is printed just after it answers
-    while f"kernels     {want}" not in server.log.read_text().splitlines():
-        assert time.monotonic() < until, server.log.read_text()
-        time.sleep(0.1)
+    assert f"kernels     {want}" in what_it_said(server)
+
+
+def test_a_start_warns_of_nothing(server):
+    """Least of all in a library's words, about what a server does not use."""
+    assert not [line for line in what_it_said(server) if "warning" in line.lower()]
 
 
 def streamed(
