@@ -11,7 +11,7 @@ import random
 import sys
 import time
 import warnings
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import torch
@@ -57,6 +57,34 @@ def load(settings: Settings, serving: Serving) -> None:
     """Fill `serving.served` and move its phase to "ready"; raises the reason when the model cannot be served."""
     quiet_libraries()
     keep_large_blocks()
+    serving.detail, serving.progress = "opening the adapter store", 0.05
+    with ExitStack() as on_failure:  # what is wrong with a path is not told after minutes of loading weights
+        check_modules(settings)
+        store = on_failure.enter_context(closing(open_store(settings)))
+        _load_model(settings, serving, store)
+        on_failure.pop_all()
+
+
+def check_modules(settings: Settings) -> None:
+    """Refuse `--lora-modules` that lead nowhere; what is in them can be judged with the base at hand only."""
+    for module in settings.lora_modules:
+        if not module.path.is_dir():
+            raise SettingsError(f"--lora-modules {module.name}={module.path}: there is no such folder")
+
+
+def open_store(settings: Settings) -> Store:
+    """The store, locked. Raises `SettingsError` where there cannot be one, `StoreLockedError` if a server uses it."""
+    folder = settings.store_folder
+    try:
+        return Store(folder, FileOps())
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise SettingsError(
+            f"--adapter-store {folder}: cannot be used: {reason}; name another folder"
+        ) from error
+
+
+def _load_model(settings: Settings, serving: Serving, store: Store) -> None:
     chat_template = read_chat_template(settings.chat_template)
     serving.detail, serving.progress = "loading weights", 0.1
     source = model_source(settings)
@@ -73,11 +101,13 @@ def load(settings: Settings, serving: Serving) -> None:
     serving.detail, serving.progress = "planning memory", 0.7
     plan = plan_memory(settings, servable)
     tokenizer = load_tokenizer(settings, chat_template)
-    serving.detail, serving.progress = "opening the adapter store", 0.8
-    served = assemble(settings, servable, plan, tokenizer)
+    served = assemble(settings, servable, plan, tokenizer, store)
     serving.detail, serving.progress = "registering adapters", 0.9
     for module in settings.lora_modules:
-        served.registry.put_folder(module.name, module.path)
+        try:
+            served.registry.put_folder(module.name, module.path)
+        except AdapterError as error:
+            raise SettingsError(f"--lora-modules {module.name}={module.path}: {error}") from error
     if isinstance(served.engine.runner, DeviceRunner):
         capture_graphs(served.engine.runner, serving)
     served.engine.start()
@@ -158,8 +188,10 @@ def _cpu_kernels(settings: Settings) -> Kernels:
     return compiled(library)
 
 
-def assemble(settings: Settings, servable: ServableModel, plan: MemoryPlan, tokenizer: Tokenizer) -> Served:
-    """Make every owner and connect them: store, registry, loader, pool, blocks, scheduler, runner, engine."""
+def assemble(
+    settings: Settings, servable: ServableModel, plan: MemoryPlan, tokenizer: Tokenizer, store: Store
+) -> Served:
+    """Make every owner and connect them: registry, loader, pool, blocks, scheduler, runner, engine."""
     pool = Pool(servable.layout, plan.pages, plan.adapter_dtype, servable.device)
     servable.attach(pool.sites)
     cache = KVCache.allocate(
@@ -185,7 +217,7 @@ def assemble(settings: Settings, servable: ServableModel, plan: MemoryPlan, toke
 
     keep = mapped if servable.device.type == "cpu" else copied  # the CPU's pool is host memory already
     registry = Registry(
-        Store(settings.store_folder, FileOps()),
+        store,
         Appraiser(servable.layout, plan.adapter_dtype, settings.max_lora_rank, fits, keep),
         max_bytes=settings.max_upload_bytes,
         keep_versions=settings.keep_versions,

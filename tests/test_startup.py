@@ -2,12 +2,14 @@
 
 import asyncio
 import copy
+from contextlib import closing
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from adapters.lock import StoreLockedError
 from adapters.pages import page_nbytes
 from server import startup
 from server.config import GIB, Settings, SettingsError
@@ -368,6 +370,39 @@ def test_what_nobody_refers_to_leaves_every_tier(load):
 def test_an_adapter_that_host_memory_cannot_hold_is_refused(load):
     with pytest.raises(Exception, match="raise --adapter-host-memory-bytes"):
         load(adapter_host_memory_bytes="1KB")
+
+
+@pytest.mark.parametrize("what", ["file", "lost", "locked"])
+def test_a_path_that_cannot_be_used_is_told_before_the_weights_are_read(tmp_path, what):
+    (tmp_path / "file").write_text("")
+    given, said = {
+        "file": (
+            {"adapter_store": tmp_path / "file" / "store"},
+            "--adapter-store .*/file/store: cannot be used",
+        ),
+        "lost": (
+            {"lora_modules": {"legal": tmp_path / "no"}},
+            "--lora-modules legal=.*/no: there is no such",
+        ),
+        "locked": ({}, "is in use by process"),
+    }[what]
+    with closing(startup.open_store(settings(adapter_store=tmp_path / "store"))):
+        asked = Settings(**{"model": str(tmp_path / "nothing"), "adapter_store": tmp_path / "store"} | given)
+        with pytest.raises((SettingsError, StoreLockedError), match=said):
+            startup.load(asked, Serving())
+
+
+def test_a_load_that_fails_leaves_the_store_to_others(tmp_path):
+    asked = Settings(model=str(tmp_path / "nothing"), adapter_store=tmp_path / "store")
+    with pytest.raises(UnsupportedModelError):
+        startup.load(asked, Serving())
+    startup.open_store(asked).close()
+
+
+def test_an_adapter_of_the_command_line_that_is_refused_is_named(load, checkpoint):
+    root, _ = checkpoint
+    with pytest.raises(SettingsError, match=r"--lora-modules legal=.*/base: .*adapter_config.json"):
+        load(lora_modules={"legal": root / "base"})
 
 
 def test_a_model_that_is_not_there_ends_the_load(tmp_path):

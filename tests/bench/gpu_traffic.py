@@ -32,7 +32,7 @@ from server.model.device_runner import DeviceRunner
 from server.model.kernel_set import Kernels
 from server.model.servable import make_servable
 from server.serving import Served, Serving
-from server.startup import assemble
+from server.startup import assemble, open_store
 from server.text.tokenizer import Tokenizer
 from tests.bench.random_llama import Shape, make_adapter, make_tokenizer
 
@@ -66,7 +66,7 @@ def served(
     )
     servable = make_servable(model, kernels=kernels, max_model_len=settings.max_model_len)
     plan = plan_memory(settings, servable)
-    made: Served = assemble(settings, servable, plan, Tokenizer.load(settings.model))
+    made: Served = assemble(settings, servable, plan, Tokenizer.load(settings.model), open_store(settings))
     assert isinstance(made.engine.runner, DeviceRunner)
     made.engine.runner.capture(lambda done, total: None)
     made.engine.start()

@@ -147,7 +147,8 @@ def test_every_setting_is_a_flag_with_help():
 
 
 def test_version():
-    assert command("-m", "server.cli", "version").stdout == f"loraplex {VERSION}\n"
+    for spelling in ("version", "--version"):
+        assert command("-m", "server.cli", spelling).stdout == f"loraplex {VERSION}\n"
 
 
 @pytest.mark.parametrize(
