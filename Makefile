@@ -6,9 +6,9 @@ CPU_TORCH = torch==2.13.0+cpu
 TESTERS = --numprocesses=2 --dist=loadfile
 KERNELS = $(wildcard kernels/cpu/*.c)
 COMPILE = -std=gnu11 -Wno-psabi -fopenmp -ffp-contract=off -Ikernels/cpu
-SANITIZE = $(COMPILE) -O0 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZE = $(COMPILE) -DLOOKS_UP_ASIDE=0 -O0 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 EMULATION = tests/kernels/emulation
-EMULATE = -mavx2 -mfma -mf16c -include $(EMULATION)/emulate.h
+EMULATE = -ULOOKS_UP_ASIDE -DLOOKS_UP_ASIDE=1 -mavx2 -mfma -mf16c -include $(EMULATION)/emulate.h
 
 .PHONY: help install native sanitize emulate sanitize-emulated demo test interpret check smoke load bench-cpu \
 	gpu-wheels gpu-check gpu-bench clean

@@ -15,11 +15,16 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define ISA_TABLE(name) {name##_portable, name##_avx2, name##_avx512}
-/* AMD's cores look values up in a unit that does not multiply, Intel's in one of the two that do. */
-#define LOOKS_UP_ASIDE __builtin_cpu_is("amd")
 #else
-#define LOOKS_UP_ASIDE 0
 #define ISA_TABLE(name) {name##_portable, name##_portable, name##_portable}
+#endif
+
+/* Whether this processor looks values up in a unit that does not multiply, as AMD's do, or in one of the two that do, as
+ * Intel's. Tests define it, to see both. */
+#if !defined(LOOKS_UP_ASIDE) && defined(__x86_64__)
+#define LOOKS_UP_ASIDE __builtin_cpu_is("amd")
+#elif !defined(LOOKS_UP_ASIDE)
+#define LOOKS_UP_ASIDE 0
 #endif
 
 #endif
