@@ -6,6 +6,7 @@ Knows nothing of models: `server/startup.py` loads one into `Serving`.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -117,6 +118,8 @@ class Life:
         serving = self._serving
         try:
             self._load(self._settings, serving)
+            gc.collect()
+            gc.freeze()  # a look through the libraries' half a million objects stops every thread for 0.25 s
             from adapters.threads import (
                 compute_on,  # which brings torch: only `serve` needs it, and it is here now
             )
