@@ -99,7 +99,7 @@ class Edge:
         return self.settings.base_names | {served.name}
 
 
-def edge_of(request: Request) -> Edge:
+async def edge_of(request: Request) -> Edge:  # FastAPI sends one that is not async to a thread, at every request
     """The app's edge, for this request."""
     edge = request.app.state.edge
     assert isinstance(edge, Edge)
