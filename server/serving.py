@@ -99,8 +99,8 @@ class Edge:
         return self.settings.base_names | {served.name}
 
 
-async def edge_of(request: Request) -> Edge:  # FastAPI sends one that is not async to a thread, at every request
-    """The app's edge, for this request."""
+async def edge_of(request: Request) -> Edge:
+    """The app's edge, for this request. Async: FastAPI would send it to a thread, each time."""
     edge = request.app.state.edge
     assert isinstance(edge, Edge)
     return edge
