@@ -18,7 +18,7 @@ from adapters.errors import AdapterError, Finding
 from adapters.findings import Findings
 from adapters.peft_config import CONFIG_BYTES, CONFIG_FILE, PeftConfig, parse_config
 from adapters.peft_header import TENSOR_FILE, Placed, place
-from adapters.tensor_file import open_tensors
+from adapters.tensor_file import TensorFile, open_tensors
 
 Keep = Callable[[Tensor, torch.dtype], Tensor]  # what becomes of a tensor of the mapped file
 
@@ -38,7 +38,7 @@ def inspect_adapter(
 ) -> Outline:
     """Check config, names and shapes; cheap, and blind to the values."""
     findings = Findings()
-    config, placed = _examine(folder, layout, max_rank, findings)
+    config, _, placed = _examine(folder, layout, max_rank, findings)
     findings.raise_if_any("the adapter")
     deltas = tuple(
         Delta(
@@ -71,11 +71,10 @@ def read_adapter(
 ) -> Adapter:
     """Check everything, to the last value, and keep the weights."""
     findings = Findings()
-    config, placed = _examine(folder, layout, max_rank, findings)
+    config, file, placed = _examine(folder, layout, max_rank, findings)
     deltas: list[Delta] = []
     effective = False
-    if placed:
-        file = open_tensors(folder / TENSOR_FILE)
+    if file and placed:
         for item in placed:
             a, b = file.tensor(item.pair.a), file.tensor(item.pair.b)
             peaks = _peak(a, item.pair.a.name, findings), _peak(b, item.pair.b.name, findings)
@@ -91,18 +90,18 @@ def read_adapter(
 
 def _examine(
     folder: Path, layout: Layout, max_rank: int, findings: Findings
-) -> tuple[PeftConfig | None, list[Placed]]:
+) -> tuple[PeftConfig | None, TensorFile | None, list[Placed]]:
     """Everything that can be said without a tensor's values."""
     config = _read_config(folder / CONFIG_FILE, findings)
     try:
-        headers = open_tensors(folder / TENSOR_FILE).headers
+        file = open_tensors(folder / TENSOR_FILE)
     except AdapterError as error:
         findings.include(error)
-        return config, []
+        return config, None, []
     except OSError as error:
         findings.invalid("file", Finding(TENSOR_FILE, f"cannot be read: {error.strerror or error}"))
-        return config, []
-    return config, place(headers, config, layout, max_rank, findings)
+        return config, None, []
+    return config, file, place(file.headers, config, layout, max_rank, findings)
 
 
 def _read_config(path: Path, findings: Findings) -> PeftConfig | None:

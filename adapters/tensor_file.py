@@ -53,8 +53,8 @@ class TensorFile:
         return values.view(dtype).view(header.shape)
 
 
-def check_header(path: Path) -> None:
-    """Refuse what is not safetensors, by its first bytes, and a header that is too long or cut short."""
+def header_length(path: Path) -> int:
+    """Of the file's header. Refuses what is not safetensors, by its first bytes, and a header too long or cut short."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(9)
@@ -64,7 +64,7 @@ def check_header(path: Path) -> None:
             raise refused(
                 path, f"is cut short: its header takes {length} bytes, the file has {size}", "send it again"
             )
-        return
+        return length
     if head[:4] == b"PK\x03\x04" or looks_like_pickle(head):
         raise refused(path, "is a PyTorch pickle, which is never loaded, under another name", CONVERTER)
     if head[:4] == b"GGUF":
@@ -76,7 +76,7 @@ def check_header(path: Path) -> None:
 
 def open_tensors(path: Path) -> TensorFile:
     """The file, mapped, once the library has found its header sound; its complaints become findings."""
-    check_header(path)
+    length = header_length(path)
     try:
         with safe_open(path, framework="pt") as tensors:
             names = tensors.keys()
@@ -85,7 +85,7 @@ def open_tensors(path: Path) -> TensorFile:
     if len(names) > TENSORS:
         raise refused(path, f"has more than {TENSORS} tensors")
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        file.seek(8)
         told = json.loads(file.read(length))
     headers = tuple(Header(name, tuple(told[name]["shape"]), told[name]["dtype"]) for name in names)
     mapping = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
