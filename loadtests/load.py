@@ -98,13 +98,17 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 
 def machine() -> str:
-    """The processor, how many, and what of its instructions decides how fast it multiplies."""
+    """The processor, how many, and its instructions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    flags = {flag for line in lines if line.startswith("flags") for flag in line.split()}
-    kinds = [name for flag, name in INSTRUCTIONS.items() if flag in flags]
     named = f"{names[0] if names else platform.processor()} x{len(names) or 1}"
-    return f"{named} ({', '.join(kinds)})" if kinds else named
+    return f"{named} ({', '.join(kinds)})" if (kinds := instructions()) else named
+
+
+def instructions() -> list[str]:
+    """Those of the processor that decide how fast it multiplies, by the names that `INSTRUCTIONS` has for them."""
+    flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
+    return [name for flag, name in INSTRUCTIONS.items() if flag in flags]
 
 
 def commit() -> str:

@@ -61,7 +61,7 @@ def load(settings: Settings, serving: Serving) -> None:
     with ExitStack() as on_failure:  # what is wrong with a path is not told after minutes of loading weights
         check_modules(settings)
         store = on_failure.enter_context(closing(open_store(settings)))
-        _load_model(settings, serving, store)
+        _fill(settings, serving, store)
         on_failure.pop_all()
 
 
@@ -84,7 +84,7 @@ def open_store(settings: Settings) -> Store:
         ) from error
 
 
-def _load_model(settings: Settings, serving: Serving, store: Store) -> None:
+def _fill(settings: Settings, serving: Serving, store: Store) -> None:
     chat_template = read_chat_template(settings.chat_template)
     serving.detail, serving.progress = "loading weights", 0.1
     source = model_source(settings)

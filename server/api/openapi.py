@@ -5,7 +5,7 @@ Routes read bodies themselves, so that a wrong one is refused in our words; `jso
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -65,11 +65,16 @@ def _document(app: FastAPI, routes: Sequence[APIRoute], guard: Guard) -> Documen
     for route in routes:
         for method in (route.methods or ()) if route.include_in_schema else ():
             operation = found["paths"][route.path_format][method.lower()]
-            for part in (operation.get("requestBody", {}), *operation["responses"].values()):
-                for content in part.get("content", {}).values():
-                    content["schema"] = _by_name(content["schema"], components["schemas"])
+            for content in _contents(operation):
+                content["schema"] = _by_name(content["schema"], components["schemas"])
             operation.update(_security(route, guard))
     return found
+
+
+def _contents(operation: Document) -> Iterator[Document]:
+    """Each kind of body that an operation takes or answers with."""
+    for part in (operation.get("requestBody", {}), *operation["responses"].values()):
+        yield from part.get("content", {}).values()
 
 
 def _by_name(schema: Document, components: Document) -> Document:

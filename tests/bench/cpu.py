@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from loadtests.load import instructions
 from tests.bench.contestants import PREFILL, Apart, Ours, Peft
 from tests.bench.figures import Figure, Results, Want
 from tests.bench.http import http_tokens_per_s
@@ -229,8 +230,7 @@ class Bench:
 
 def int8_reason() -> str | None:
     """Why int8 products cannot be timed here, or None."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return None if "avx512_vnni" in flags or "avx_vnni" in flags else "this CPU has no VNNI"
+    return None if {"VNNI", "VNNI for AVX2"} & {*instructions()} else "this CPU has no VNNI"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -139,7 +139,7 @@ def gpus() -> list[str]:
     """Every GPU that was measured, by the newest complete run of `make gpu-bench` on it."""
     found = []
     for file in sorted(RESULTS.glob("*-bench.jsonl")):
-        ended = [lines for lines in runs(file.stem) if "status" in lines[-1]]
+        ended = complete(file.stem)
         found += [gpu(file.stem.removesuffix("-bench"), ended[-1])] if ended else []
     return [line for part in found for line in (*part, "")][:-1]
 
