@@ -200,6 +200,9 @@ class Life:
 
 
 def _startup_load(settings: Settings, serving: Serving) -> None:
+    from server.libraries import quiet_libraries
+
+    quiet_libraries()
     from server.startup import load  # imports torch: on the loading thread, while /health already answers
 
     load(settings, serving)
@@ -269,5 +272,3 @@ def _log_to_stderr(level: str) -> None:
         force=True,
     )
     logging.getLogger("uvicorn").setLevel("WARNING" if level == "info" else level.upper())
-    # At its import it advises to install a package of the name of one of ours, whose products it would not use here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

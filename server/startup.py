@@ -10,12 +10,10 @@ import logging
 import random
 import sys
 import time
-import warnings
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm import tqdm
 
 from adapters.adapter import Adapter
@@ -48,14 +46,12 @@ from server.text.tokenizer import ChatTemplateError, Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_NOISY = ("transformers", "bitsandbytes", "accelerate", "huggingface_hub", "torch")
 _SMALL = 50_000_000  # weights in the linears
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 
 
 def load(settings: Settings, serving: Serving) -> None:
     """Fill `serving.served` and move its phase to "ready"; raises the reason when the model cannot be served."""
-    quiet_libraries()
     keep_large_blocks()
     serving.detail, serving.progress = "opening the adapter store", 0.05
     with ExitStack() as on_failure:  # what is wrong with a path is not told after minutes of loading weights
@@ -326,16 +322,6 @@ def generation_defaults(servable: ServableModel) -> GenerationDefaults:
         min_p=float(given.get("min_p", fallback.min_p)),
         repetition_penalty=float(given.get("repetition_penalty", fallback.repetition_penalty)),
     )
-
-
-def quiet_libraries() -> None:
-    """Keep what libraries say at start out of the log: warnings by module, progress bars unless a person watches."""
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", module=rf"{name}(\..*)?")
-    transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
 
 
 def keep_large_blocks() -> None:

@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteri
 
 from server.config import LoraModule, Settings
 from server.engine.sequence import Sampling, Submit, Token
+from server.libraries import quiet_libraries
 from server.model.linear import LoRALinear, ModuleLinear
 from server.serving import Serving
-from server.startup import load, quiet_libraries
+from server.startup import load
 from tests.bench.random_llama import Checkpoint
 
 PROMPT = 8  # tokens before the steps that are timed: few, since nobody times them
