@@ -106,7 +106,7 @@ build/site/.installed: $(wildcard build/wheels/*.whl)
 	  --no-cache-dir --disable-pip-version-check --target build/site build/wheels/*.whl; fi
 	@touch $@
 
-gpu-check: build/site/.installed  ## on a machine with an NVIDIA GPU: kernels, graphs, engine and server; 7 minutes at most
+gpu-check: build/site/.installed  ## on a machine with an NVIDIA GPU: kernels, graphs, engine and server; 5 minutes at most
 	@$(GPU_RUN) -m tests.gpu.check
 
 gpu-bench: build/site/.installed  ## on a machine with an NVIDIA GPU: its speed beside its floors; meant for 5 minutes

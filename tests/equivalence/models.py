@@ -119,5 +119,5 @@ def with_adapters(model: nn.Module, architecture: str) -> nn.Module:
     for name, parameter in sorted(peft_model.named_parameters()):
         if "lora_" in name:
             values = torch.randn(parameter.shape, generator=generator) * 0.03
-            parameter.data = values.to(parameter.dtype)
+            parameter.data = values.to(peft_model.device, parameter.dtype)
     return peft_model.eval()
