@@ -14,7 +14,7 @@ import torch
 from adapters.adapter import Adapter, Layout
 from adapters.entry import Facts
 from adapters.errors import AdapterError, Finding
-from adapters.peft_format import Keep, copied, inspect_adapter, read_adapter
+from adapters.peft_format import Keep, copied, inspect_adapter, mapped, read_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Appraiser:
 
     def validate(self, folder: Path, generation: str) -> Facts:
         """Facts of an adapter of which every value was looked at; AdapterError if it cannot be served."""
-        self.fits(self.read(folder, generation))
+        read_adapter(folder, generation, self.layout, self.dtype, self.max_rank, mapped)  # nothing is kept
         return self._facts(folder, generation)
 
     def inspect(self, folder: Path, generation: str) -> Facts:
