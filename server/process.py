@@ -67,6 +67,17 @@ def run(settings: Settings, load: Load | None = None) -> int:
             return runner.run(life.live(listener))
 
 
+def leave_steps_alone(loop: asyncio.AbstractEventLoop) -> None:
+    """What keeps other threads from holding the engine's up, once all is loaded; from any thread."""
+    from adapters.threads import compute_on  # which brings torch: only `serve` needs it, and it is here now
+
+    gc.collect()
+    gc.freeze()  # a look through the libraries' half a million objects stops every thread for 0.25 s
+    # torch gives every new thread the number that was set last; `adapters/loader.py` says what more than one would cost
+    alone = ThreadPoolExecutor(None, "blocking", compute_on, (1,))
+    loop.call_soon_threadsafe(loop.set_default_executor, alone)
+
+
 class Life:
     """One process from its bound port to its exit code."""
 
@@ -118,16 +129,7 @@ class Life:
         serving = self._serving
         try:
             self._load(self._settings, serving)
-            gc.collect()
-            gc.freeze()  # a look through the libraries' half a million objects stops every thread for 0.25 s
-            from adapters.threads import (
-                compute_on,  # which brings torch: only `serve` needs it, and it is here now
-            )
-
-            # not before: torch gives every new thread the number that was set last, and loading wants all of them;
-            # `adapters/loader.py` says what more than one would cost
-            alone = ThreadPoolExecutor(None, "blocking", compute_on, (1,))
-            loop.call_soon_threadsafe(loop.set_default_executor, alone)
+            leave_steps_alone(loop)  # not before: loading wants all threads
         except Exception as error:
             logger.debug("loading failed", exc_info=error)
             serving.detail = _reason(error)
