@@ -32,6 +32,7 @@ from adapters.side_stream import SideStream
 from server.model.cuda import cuda_kernels
 from tests.bench import figures
 from tests.bench.figures import Figure, Results
+from tests.bench.gpu_attention import Case, attention_seconds
 from tests.bench.gpu_contestants import Segments, decode_seconds, looping, peft_seconds
 from tests.bench.gpu_model import GROWTH, LLAMA_8B, TINY, Engine, random_llama
 from tests.bench.gpu_products import ROWS, Linears, all_layers, product_seconds
@@ -55,6 +56,7 @@ class Plan:
     rows: tuple[int, ...]  # of products
     batches: tuple[int, ...]
     main_batch: int  # of the step that others are timed beside
+    attended: tuple[Case, ...]
     distinct: tuple[tuple[int, int], ...]  # (rows, adapters) of the deltas alone
     layers: int  # of the deltas alone
     context: int
@@ -72,6 +74,7 @@ class Plan:
 def full(device: torch.device) -> Plan:
     return Plan(
         shape=LLAMA_8B, device=device, rows=ROWS, batches=(1, 8, 32, 64, 128), main_batch=32,
+        attended=(Case(1, 1, 1024), Case(32, 1, 1024), Case(128, 1, 1024), Case(1, 2048, 2048), Case(4, 512, 2048)),
         distinct=((32, 1), (32, 8), (32, 32), (64, 64)), layers=8, context=1024, prompt=2048, steps=30, warm_up=3,
         peft_steps=6, rank_loaded=32, repeats=5, streams=8, quiet_tokens=400, copy_bytes=2 << 30,
     )  # fmt: skip
@@ -79,9 +82,9 @@ def full(device: torch.device) -> Plan:
 
 def dry() -> Plan:
     return Plan(
-        shape=TINY, device=torch.device("cpu"), rows=(1,), batches=(2,), main_batch=2, distinct=((2, 2),),
-        layers=1, context=3, prompt=4, steps=1, warm_up=0, peft_steps=3, rank_loaded=4, repeats=1, streams=1,
-        quiet_tokens=1, copy_bytes=1 << 20,
+        shape=TINY, device=torch.device("cpu"), rows=(1,), batches=(2,), main_batch=2,
+        attended=(Case(1, 1, 3),), distinct=((2, 2),), layers=1, context=3, prompt=4, steps=1, warm_up=0,
+        peft_steps=3, rank_loaded=4, repeats=1, streams=1, quiet_tokens=1, copy_bytes=1 << 20,
     )  # fmt: skip
 
 
@@ -113,12 +116,18 @@ class Bench:
         """Of one adapter of one page on every linear."""
         return self.shape.adapter_weights * 2
 
+    @property
+    def position_bytes(self) -> int:
+        """Of keys and values of one position, in all layers."""
+        return 2 * self.shape.layers * self.shape.kv_heads * (self.shape.hidden // self.shape.heads) * 2
+
     def step_floor(self, batch: int, distinct: int, context: int) -> float:
         """Seconds in which memory delivers weights, head, adapters and the keys and values of all contexts."""
         shape = self.shape
-        position = 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads) * 2
         nbytes = shape.linear_weights * NF4_BYTES + shape.head_weights * 2
-        return (nbytes + distinct * self.adapter_bytes + batch * context * position) / self.bandwidth
+        return (
+            nbytes + distinct * self.adapter_bytes + batch * context * self.position_bytes
+        ) / self.bandwidth
 
     def memory(self) -> None:
         """How fast the device copies, and how fast it fetches from pinned memory: all floors are made of these."""
@@ -156,6 +165,18 @@ class Bench:
         for rows in self.plan.rows:
             faster = total["bitsandbytes", rows] / total["ours", rows]
             self.at_least(f"linears_rows_{rows}_vs_bitsandbytes", faster, 1.0 if rows <= 64 else 0.98)
+
+    def attention(self) -> None:
+        """Ours and torch's `varlen_attn`, of which neither softcap nor sinks can be asked."""
+        for case in self.plan.attended:
+            ours, theirs = attention_seconds(self.shape, case, self.device)
+            name = f"{case.sequences}x{case.queries}/{case.keys}"
+            floor = case.sequences * case.keys * self.position_bytes / self.shape.layers / self.bandwidth
+            self.note("attention", ("ours", name), ours, floor)
+            if isinstance(theirs, str):
+                print(f"varlen_attn {name}: {theirs}", flush=True)
+            else:
+                self.note("attention", ("varlen_attn", name), theirs, floor)
 
     def engine(self) -> None:
         """Whole steps of our engine, the deltas within the linears, prompts, and an adapter's way to the device."""
@@ -312,7 +333,8 @@ class Bench:
     def run(self) -> int:
         """Every part, whatever becomes of the others."""
         parts: list[Callable[[], None]] = [
-            self.memory, self.products, self.engine, self.upload, self.bitsandbytes, self.batch_invariant, self.peft,
+            self.memory, self.products, self.attention, self.engine, self.upload, self.bitsandbytes,
+            self.batch_invariant, self.peft,
         ]  # fmt: skip
         started = time.perf_counter()
         for part in parts:

@@ -95,9 +95,10 @@ def peft_seconds(model: PreTrainedModel, adapters: int, context: int, steps: int
     config = LoraConfig(
         r=RANK, lora_alpha=RANK, target_modules=list(TARGETS), task_type="CAUSAL_LM", init_lora_weights=False
     )
-    peft_model = get_peft_model(model, config, adapter_name="0", autocast_adapter_dtype=False)
-    for number in range(1, adapters):
-        peft_model.add_adapter(str(number), config, autocast_adapter_dtype=False)
+    with model.device:  # drawn there: on the host that takes longer than all that is timed
+        peft_model = get_peft_model(model, config, adapter_name="0", autocast_adapter_dtype=False)
+        for number in range(1, adapters):
+            peft_model.add_adapter(str(number), config, autocast_adapter_dtype=False)
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)

@@ -6,7 +6,9 @@ Tokens are timed where the event loop gets them. Knows no bounds.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from server.memory_plan import plan_memory
 from server.model.device_runner import DeviceRunner
 from server.model.kernel_set import Kernels
 from server.model.servable import make_servable
+from server.process import leave_steps_alone
 from server.serving import Served, Serving
 from server.startup import assemble, open_store
 from server.text.tokenizer import Tokenizer
@@ -91,19 +94,28 @@ def disturbances(
     """Upload and load an adapter of that rank on all linears, `repeats` times, beside running streams."""
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as name, _uploader() as uploader:
         folder = Path(name)
-        files = [_archive(shape, folder / f"adapter-{number}", rank, number) for number in range(repeats)]
+        files = _archives(shape, folder, rank, repeats)
         with served(model, kernels, shape, folder, streams) as (settings, serving):
-            return asyncio.run(_measure(settings, serving, uploader, files, streams, tokens))
+            try:
+                return asyncio.run(_measure(settings, serving, uploader, files, streams, tokens))
+            finally:
+                gc.unfreeze()  # what was served is garbage now, and the next part wants its memory
 
 
-def _archive(shape: Shape, folder: Path, rank: int, number: int) -> Path:
-    """The adapter as the tar that `loraplex adapters put` sends."""
-    make_adapter(shape, folder, 100 + number, rank)
-    archive = folder.with_suffix(".tar")
-    with archive.open("wb") as file:
-        for part in pack(folder):
-            file.write(part)
-    return archive
+def _archives(shape: Shape, folder: Path, rank: int, count: int) -> list[Path]:
+    """So many adapters, each the tar that `loraplex adapters put` sends; they differ in their last weight."""
+    made = folder / "adapter"
+    make_adapter(shape, made, 100, rank)
+    archives = []
+    for number in range(count):
+        with (made / "adapter_model.safetensors").open("r+b") as file:
+            file.seek(-2, os.SEEK_END)
+            file.write(bytes((number, 60)))  # a bfloat16 about 0.01
+        archives.append(folder / f"adapter-{number}.tar")
+        with archives[-1].open("wb") as file:
+            for part in pack(made):
+                file.write(part)
+    return archives
 
 
 @contextmanager
@@ -171,6 +183,7 @@ async def _measure(
             create_app(settings, serving), log_config=None, access_log=False, lifespan="off"
         )
         server = uvicorn.Server(config)
+        leave_steps_alone(asyncio.get_running_loop())
         serving_http = asyncio.create_task(server.serve(sockets=[listener]))
         case = _Case(serving.ready(), uploader, listener.getsockname()[1], streams, tokens)
         found = [await case.once(f"new-{number}", file) for number, file in enumerate(files)]
