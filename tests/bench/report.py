@@ -118,8 +118,8 @@ def figure_cell(line: Line, bound: float) -> str:
 
 def figure_row(line: Line) -> str:
     if line["value"] is None:
-        return f"| `{line['name']}` | | {line['bound']:.3g} | unmeasured: {line['why']} |"
-    return f"| `{line['name']}` | {line['value']:.3g} | {line['bound']:.3g} | {line['status']} |"
+        return f"| `{line['name']}` | | {line['bound']:.3g} | unmeasured: {line['why']} | {line['commit']} |"
+    return f"| `{line['name']}` | {line['value']:.3g} | {line['bound']:.3g} | {line['status']} | {line['commit']} |"
 
 
 def quality(lines: list[Line]) -> list[str]:
@@ -136,12 +136,41 @@ def quality(lines: list[Line]) -> list[str]:
 
 
 def gpus() -> list[str]:
-    """Every GPU that was measured, by the newest complete run of `make gpu-bench` on it."""
+    """Every GPU that was measured, by the newest that complete runs on it say of each thing."""
     found = []
     for file in sorted(RESULTS.glob("*-bench.jsonl")):
         ended = complete(file.stem)
-        found += [gpu(file.stem.removesuffix("-bench"), ended[-1])] if ended else []
+        found += [gpu(file.stem.removesuffix("-bench"), newest(ended))] if ended else []
     return [line for part in found for line in (*part, "")][:-1]
+
+
+def newest(ended: list[list[Line]]) -> list[Line]:
+    """Of each measurement and figure the last line: a run may be of parts only."""
+    found = {(line["name"], str(line.get("case"))): line for lines in ended for line in lines}
+    return list(found.values())
+
+
+def sources(lines: list[Line]) -> list[str]:
+    """Where the numbers of all these lines are from, a run after the other."""
+    runs = {
+        (line["run"], line["commit"]): source(line) for line in lines if {"seconds", "status"} & line.keys()
+    }
+    return [f"- {runs[key]}" for key in sorted(runs)]
+
+
+def kernels(lines: list[Line]) -> list[str]:
+    """Where the time of a decode step goes: a row per kernel that takes a hundredth of a millisecond."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for line in lines:
+        kind, name = line["case"]
+        found[name][kind] = line["seconds"] * 1e3
+    kinds = list(dict.fromkeys(line["case"][0] for line in lines))
+    rows = [
+        f"| `{name}` | " + " | ".join(f"{row[kind]:.3g}" if kind in row else "" for kind in kinds) + " |"
+        for name, row in sorted(found.items(), key=lambda item: -max(item[1].values()))
+        if max(row.values()) >= 0.01
+    ]
+    return [f"| kernel, ms of a step | {' | '.join(kinds)} |", "| --- |" + " ---: |" * len(kinds), *rows, ""]
 
 
 def gpu(name: str, lines: list[Line]) -> list[str]:
@@ -153,8 +182,10 @@ def gpu(name: str, lines: list[Line]) -> list[str]:
     return [
         f"### {card}",
         "",
-        f"{source(lines[0])}: a Llama of 8 billion random weights in NF4; memory read and written at {bandwidth:.0f} "
-        "GB/s. Milliseconds; in brackets how many times the floor: the time that its bytes take at that speed.",
+        f"A Llama of 8 billion random weights in NF4; memory read and written at {bandwidth:.0f} GB/s. Milliseconds; "
+        "in brackets how many times the floor: the time that its bytes take at that speed. Each is the newest of:",
+        "",
+        *sources(lines),
         "",
         *gpu_table(
             "the linears of all layers", "rows", [line for line in lines if line["name"] == "linears"]
@@ -165,14 +196,15 @@ def gpu(name: str, lines: list[Line]) -> list[str]:
         *(
             f"| {line['name']} | {' '.join(map(str, line['case']))} | {milliseconds(line)} |"
             for line in lines
-            if line["name"] not in ("product", "linears", "decode", "upload")
+            if line["name"] not in ("product", "linears", "decode", "upload", "kernel")
             and {"case", "seconds"} <= line.keys()
         ),
         "",
+        *kernels([line for line in lines if line["name"] == "kernel"]),
         f"![A decode step over the batch](performance-{name}.svg)",
         "",
-        "| figure | value | bound | |",
-        "| --- | ---: | ---: | --- |",
+        "| figure | value | bound | | commit |",
+        "| --- | ---: | ---: | --- | --- |",
         *(figure_row(line) for line in lines if "status" in line),
     ]
 

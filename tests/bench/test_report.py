@@ -60,6 +60,27 @@ def test_a_column_for_each_machine(keep):
     assert "| `g` | 1.3 | 2 | this CPU has no VNNI |" in page
 
 
+def test_a_gpu_by_the_newest_that_was_said_of_each_thing(keep):
+    card = [{"name": "gpu", "gpu": "NVIDIA H200"}, {"name": "bandwidth", "gb_per_s": 4000}]
+    step = {"name": "decode", "case": ["base", 32], "seconds": 0.004, "floor_seconds": 0.002}
+    product = {"name": "linears", "case": ["ours", 16], "seconds": 0.003}
+    keep(
+        "h200-bench", "one", *card, product, step | {"seconds": 0.009}, figure(9) | {"name": "g"}, figure(5.5)
+    )
+    kernel = {"name": "kernel", "case": ["base", "_linear"], "seconds": 0.002}
+    keep("h200-bench", "two", *card, kernel, step | {"commit": "def"}, figure(6.5) | {"commit": "def"})
+    keep("h200-bench", "cut", step | {"seconds": 0.001})
+    page = report.rewritten(PAGE.read_text())
+    assert (
+        page.count("- From `make bench-cpu` at commit") == 3
+    )  # of the first run, both commits of the second
+    assert "| ours | 3 |" in page
+    assert "| `_linear` | 2 |" in page
+    assert "| base | 4 (2.00) |" in page
+    assert "| `g` | 9 | 1.3 | ok | abc |" in page
+    assert "| `f` | 6.5 | 1.3 | ok | def |" in page
+
+
 def test_what_int8_costs(keep):
     keep(
         "int8",
