@@ -253,11 +253,11 @@ def assemble(
 def make_runner(
     settings: Settings, servable: ServableModel, cache: KVCache, plan: MemoryPlan
 ) -> Runner | DeviceRunner:
-    """Who runs steps: on a GPU with its kernels, decodes are replayed from graphs unless --enforce-eager."""
+    """Who runs steps: on a GPU with its kernels, they are replayed from graphs unless --enforce-eager."""
     if not servable.kernels.planned:
         return Runner(servable, cache)
     pages = min(-(-settings.max_lora_rank // PAGE_RANK), max(plan.pages.values()))
-    sizes = GraphSizes(settings.max_num_seqs, plan.max_model_len, pages)
+    sizes = GraphSizes(settings.max_num_seqs, plan.max_model_len, pages, settings.max_num_batched_tokens)
     fixed = settings.batch_invariant
     layouts = sizes.layouts(servable.layout.groups, cache, servable.query_group, fixed)
     return DeviceRunner(servable, cache, layouts=[] if settings.enforce_eager else layouts, fixed=fixed)

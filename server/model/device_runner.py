@@ -1,4 +1,4 @@
-"""Steps on a GPU: decodes replay captured graphs, all others run as they come. Same questions as `Runner`.
+"""Steps on a GPU: those of a captured size are replayed, all others run as they come. Same questions as `Runner`.
 
 While the device runs, nothing here waits for it: inputs go over from pinned memory, where the next step is written
 meanwhile if it is known, and logits stay where they are.

@@ -48,7 +48,7 @@ class StepLayout:
     """The sizes of a step, or the largest of a bucket."""
 
     rows: int  # those that only pad included
-    wanted: int | None  # rows whose logits are asked for; None: all
+    wanted: int | None  # rows whose logits are asked for, and in a bucket spans too; None: all
     most_pages: Mapping[str, int]  # group -> pages of one segment; groups without adapters are not there
     most_blocks: int  # of all spans together
     block_size: int
@@ -71,6 +71,16 @@ class StepLayout:
             fixed=fixed,
         )  # fmt: skip
 
+    @property
+    def logits(self) -> int:
+        """Rows of logits that come back."""
+        return self.rows if self.wanted is None else self.wanted
+
+    @property
+    def most_tiles(self) -> int:
+        """Attention's, of any step that fits: each span has one that is not full, and so has what only pads."""
+        return min(self.rows, self.rows // self.queries + self.logits + 1)
+
     @cached_property
     def _places(self) -> dict[str | None, int]:
         """Where each group's plan begins, and (under None) attention's, which comes last: its end varies most."""
@@ -89,6 +99,8 @@ class StepLayout:
     def fill(self, out: NDArray[np.int32], inputs: StepInputs, before: Filled | None = None) -> Filled:
         """Write a step that is no larger than this; rows that only pad read token 0 and write to the padding block.
 
+        Where fewer logits are asked for than there is room for, the rest are row 0's.
+
         `before` is the step of this layout that `out` holds: plans of the very same segments are left as they are.
         """
         given = len(inputs.token_ids)
@@ -101,7 +113,9 @@ class StepLayout:
             inputs.kv_index,
         )
         if self.wanted is not None:
-            out[3 * self.rows : 3 * self.rows + self.wanted] = inputs.logits_rows
+            rows_wanted = out[3 * self.rows : 3 * self.rows + self.wanted]
+            rows_wanted[: len(inputs.logits_rows)] = inputs.logits_rows
+            rows_wanted[len(inputs.logits_rows) :] = 0
         if before is not None and before.segments is inputs.segments:
             deltas = before.deltas
         else:
@@ -159,7 +173,7 @@ class StepLayout:
             self.rows,
             self.queries,
             self.block_size,
-            tiles=filled.attention_tiles if filled else self.rows,
+            tiles=filled.attention_tiles if filled else self.most_tiles,
             lines=filled.attention_lines if filled else lines,
         )
         return StepTensors(rows[0], rows[1], rows[2], wanted, StepPlans(attention, deltas))

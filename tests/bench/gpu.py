@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,6 +31,7 @@ import torch
 from adapters.adapter import Adapter, Delta
 from adapters.side_stream import SideStream
 from server.model.cuda import cuda_kernels
+from server.model.device_runner import DeviceRunner
 from tests.bench import figures
 from tests.bench.figures import Figure, Results
 from tests.bench.gpu_attention import Case, attention_seconds
@@ -60,7 +62,7 @@ class Plan:
     distinct: tuple[tuple[int, int], ...]  # (rows, adapters) of the deltas alone
     layers: int  # of the deltas alone
     context: int
-    prompt: int
+    prompts: tuple[int, ...]  # tokens of one that is read in a step, the longest without a graph
     steps: int
     warm_up: int  # steps before those
     peft_steps: int
@@ -75,15 +77,15 @@ def full(device: torch.device) -> Plan:
     return Plan(
         shape=LLAMA_8B, device=device, rows=ROWS, batches=(1, 8, 32, 64, 128), main_batch=32,
         attended=(Case(1, 1, 1024), Case(32, 1, 1024), Case(128, 1, 1024), Case(1, 2048, 2048), Case(4, 512, 2048)),
-        distinct=((32, 1), (32, 8), (32, 32), (64, 64)), layers=8, context=1024, prompt=2048, steps=30, warm_up=3,
-        peft_steps=6, rank_loaded=32, repeats=5, streams=8, quiet_tokens=400, copy_bytes=2 << 30,
+        distinct=((32, 1), (32, 8), (32, 32), (64, 64)), layers=8, context=1024, prompts=(128, 512, 2048), steps=30,
+        warm_up=3, peft_steps=6, rank_loaded=32, repeats=5, streams=8, quiet_tokens=400, copy_bytes=2 << 30,
     )  # fmt: skip
 
 
 def dry() -> Plan:
     return Plan(
         shape=TINY, device=torch.device("cpu"), rows=(1,), batches=(2,), main_batch=2,
-        attended=(Case(1, 1, 3),), distinct=((2, 2),), layers=1, context=3, prompt=4, steps=1, warm_up=0,
+        attended=(Case(1, 1, 3),), distinct=((2, 2),), layers=1, context=3, prompts=(3, 4), steps=1, warm_up=0,
         peft_steps=3, rank_loaded=4, repeats=1, streams=1, quiet_tokens=1, copy_bytes=1 << 20,
     )  # fmt: skip
 
@@ -185,8 +187,9 @@ class Bench:
             random_llama(self.shape, self.device),
             cuda_kernels(self.device, fixed=False),
             adapters=max(plan.batches),
-            positions=(max(plan.batches) + 1) * (max(plan.context, plan.prompt // 2) + GROWTH),
+            positions=(max(plan.batches) + 1) * (max(plan.context, max(plan.prompts) // 2) + GROWTH),
             buckets=plan.batches,
+            prompts=plan.prompts[:-1],
         )
         for part in (self._decode, self._prefill, self._deltas, self._load, self._kernels):
             wake(self.device)  # by now kernels were compiled and graphs captured, or memory was filled
@@ -211,10 +214,17 @@ class Bench:
                         self.at_most(f"decode_{batch}_distinct_ms", seconds * 1e3, H200_STEP_MS)
 
     def _prefill(self, engine: Engine) -> None:
+        """Prompts read whole in a step, replayed where there is a graph, and launched as they come."""
+        runners = {
+            "prefill": engine.runner,
+            "prefill as it comes": DeviceRunner(engine.servable, engine.cache),
+        }
         for kind, adapter in (("base", None), ("adapter", 0)):
-            inputs = engine.prompt(adapter, self.plan.prompt)
-            seconds = called(lambda inputs=inputs: engine.runner.forward(inputs), self.device, 3)  # type: ignore[misc]
-            self.note("prefill", (kind, self.plan.prompt), seconds)
+            for tokens in self.plan.prompts:
+                inputs = engine.prompt(adapter, tokens)
+                for name, runner in runners.items():
+                    seconds = called(partial(runner.forward, inputs), self.device, 3)
+                    self.note(name, (kind, tokens), seconds)
 
     def _deltas(self, engine: Engine) -> None:
         """What adapters add to the linears."""

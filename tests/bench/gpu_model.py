@@ -100,6 +100,7 @@ class Engine:
         adapters: int,
         positions: int,  # of the cache
         buckets: Iterable[int],
+        prompts: Iterable[int] = (),  # rows of steps that read prompts and are captured too
         fixed: bool = False,
         backend: LinearBackend = "exact",
     ) -> None:
@@ -123,19 +124,21 @@ class Engine:
         for k, v in self.cache.layers:
             k.normal_()
             v.normal_()
-        layouts = [self._layout(rows, fixed, pages) for rows in buckets for pages in (0, 1)]
+        sizes = [(rows, None) for rows in buckets] + [(rows, 1) for rows in prompts]
+        layouts = [self._layout(*size, fixed, pages) for size in sizes for pages in (0, 1)]
         self.runner = DeviceRunner(self.servable, self.cache, layouts=layouts, fixed=fixed)
         self.runner.capture(lambda done, total: None)
 
-    def _layout(self, rows: int, fixed: bool, pages: int) -> StepLayout:
+    def _layout(self, rows: int, wanted: int | None, fixed: bool, pages: int) -> StepLayout:
         """Of the engine's own graphs, those for a bucket and adapters of so many pages."""
+        longest = 1 if wanted is None else rows
         return StepLayout(
             rows=rows,
-            wanted=None,
+            wanted=wanted,
             most_pages=dict.fromkeys(self.pages.groups, pages) if pages else {},
             most_blocks=max(rows, self.cache.blocks),
             block_size=BLOCK,
-            queries=AttentionPlan.tile_queries(self.servable.query_group, 1, fixed=fixed),
+            queries=AttentionPlan.tile_queries(self.servable.query_group, longest, fixed=fixed),
             fixed=fixed,
         )
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from server.engine.scheduler import Scheduled
 from server.model.cuda import cuda_kernels
 from server.model.device_runner import DeviceRunner
 from server.model.graphs import BUCKETS, GraphSizes
@@ -72,6 +73,27 @@ def test_the_engines_own_sizes_are_captured():
     assert told == list(range(1, 1 + len(sizes.buckets) * len(sizes.classes)))
     inputs = engine.inputs(engine.sequences([0, 1, 2], CONTEXT))
     assert torch.equal(runner.forward(inputs).clone(), as_it_comes(runner, inputs))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_prompts_are_replayed_as_they_come(adapted):
+    """Prompts, ends of prompts and decodes in one step, padded to a bucket of each kind of product."""
+    engine = engine_of(False)
+    sizes = GraphSizes(sequences=6, length=CONTEXT, pages=1, tokens=256)
+    layouts = sizes.layouts(engine.servable.layout.groups, engine.cache, engine.servable.query_group, False)
+    runner = DeviceRunner(engine.servable, engine.cache, layouts=layouts)
+    runner.capture(lambda done, total: None)
+    loose = DeviceRunner(engine.servable, engine.cache)
+    for counts in ([3, 1], [70], [1, 20, 1, 30], [60, 1, 33], [70, 70, 1, 5], [64, 64, 64, 64]):
+        batch = engine.sequences(adapters_of(len(counts), adapted), CONTEXT)
+        for item, count in zip(batch, counts, strict=True):
+            item.sequence.computed = CONTEXT - count
+        inputs = engine.inputs([Scheduled(i.sequence, c) for i, c in zip(batch, counts, strict=True)])
+        assert runner._graphs.find(inputs).layout.wanted is not None
+        replayed = runner.forward(inputs).clone()
+        assert torch.equal(replayed, as_it_comes(runner, inputs)), counts
+        unpadded = loose.forward(inputs)
+        assert (replayed - unpadded).norm() < 0.05 * unpadded.norm(), counts
 
 
 @pytest.mark.parametrize("adapted", [False, True])

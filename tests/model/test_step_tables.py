@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kernels.plans import AttentionPlan, DeltaPlan
 from kernels.segments import Segment, Span
@@ -95,3 +97,24 @@ def test_attention_comes_last_for_its_end_varies_most():
     count, tiles, lines = AttentionPlan.fill(want, inputs.spans, 8, 1)
     assert out[used.size - count : used.size].tolist() == want[:count].tolist()
     assert (used.attention_tiles, used.attention_lines) == (tiles, lines)
+
+
+def test_what_is_not_asked_for_is_the_first_row():
+    layout = StepLayout(8, 5, {}, 40, BLOCK, 1, False)
+    inputs = step({})
+    out = np.full(layout.size, -7, np.int32)
+    layout.fill(out, inputs)
+    wanted = layout.view(torch.from_numpy(out)).logits_rows.tolist()
+    assert wanted == [*inputs.logits_rows.tolist(), *[0] * (5 - len(inputs.logits_rows))]
+    assert (layout.logits, StepLayout(8, None, {}, 40, BLOCK, 1, False).logits) == (5, 8)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(0, 30), st.sampled_from([1, 8, 32]))
+def test_a_bucket_has_room_for_every_tile(counts, padding, queries):
+    rows = sum(counts) + padding
+    ends = np.cumsum(counts).tolist()
+    spans = [Span(end - count, end, count, (1, 2, 3)) for count, end in zip(counts, ends, strict=True)]
+    layout = StepLayout(rows, min(rows, len(counts)), {}, 3 * len(counts), BLOCK, queries, False)
+    out = np.zeros(AttentionPlan.sizes(rows, layout.most_blocks), np.int32)
+    _, tiles, _ = AttentionPlan.fill(out, spans, rows, queries)
+    assert tiles <= layout.most_tiles <= rows

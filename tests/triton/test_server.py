@@ -141,6 +141,41 @@ def test_a_replay_gives_the_bits_of_the_step_run_as_it_comes(folder, cuda, monke
     assert got.shape == (3, 64)
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_prompts_are_replayed(folder, cuda, adapters):
+    """Prompts and a decode in one step: eight rows and one in a bucket of 16, the last row of each wanted."""
+    servable, reference = servable_of(folder, cuda_kernels(CPU, fixed=False)), servable_of(folder, plain())
+    groups = list(servable.layout.groups)
+    graphed = device_runner(servable, GraphSizes(sequences=4, length=40, pages=2, tokens=20))
+    eager, oracle = device_runner(servable), Runner(reference, cache_of(reference))
+    graphed.capture(lambda *_: None)
+    first, whole = prompts([4], groups, adapters), prompts([5, 5, 3], groups, adapters)
+    last = np.array([span.end - 1 for span in whole.spans])
+    one = [4, *range(5, 13)]  # the fifth token of the first text, the others from their start
+    others = (Span(s.start - 4, s.end - 4, s.kv_length, s.blocks) for s in whole.spans[1:])
+    spans = (Span(0, 1, 5, whole.spans[0].blocks), *others)
+    moved = tuple(Segment(s.start - 4, s.end - 4, s.pages, s.weights) for s in whole.segments[groups[0]])
+    second = StepInputs(
+        whole.token_ids[one],
+        whole.positions[one],
+        whole.kv_index[one],
+        last - 4,
+        spans,
+        dict.fromkeys(groups, moved),
+    )
+    for step in (replace(first, logits_rows=np.array([3])), second):
+        want = oracle.forward(step)
+        cuda.log.clear()
+        got = graphed.forward(replace(step)).clone()
+        assert [entry[0] for entry in cuda.log] == ["synchronize", "record", "replay"]
+        assert got.shape == want.shape
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got, eager.forward(step), rtol=1e-5, atol=1e-5)
+        for (k, v), (k_want, v_want) in zip(graphed.cache.layers, oracle.cache.layers, strict=True):
+            torch.testing.assert_close(k[BLOCK:], k_want[BLOCK:], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(v[BLOCK:], v_want[BLOCK:], rtol=1e-4, atol=1e-4)
+
+
 def test_a_step_that_was_prepared_is_sent_with_the_tokens_it_has_then(folder, cuda, monkeypatch):
     """It is written in full before the step before has ended; to be sent it waits for nothing."""
     servable = servable_of(folder, cuda_kernels(CPU, fixed=True))
@@ -188,7 +223,7 @@ def test_which_steps_are_replayed(folder, cuda):
     assert sizes.buckets == (1, 2)
     assert sizes.classes == (0, 1)
     assert GraphSizes(200, 40, 16).buckets[-3:] == (128, 192, 200)
-    assert GraphSizes(1000, 40, 16).buckets[-1] == 256
+    assert GraphSizes(1000, 40, 16).buckets[-2:] == (192, 256)
     assert GraphSizes(1, 40, 3).classes == (0, 1, 3)
     runner.capture(lambda *_: None)
     find = runner._graphs.find
@@ -198,6 +233,31 @@ def test_which_steps_are_replayed(folder, cuda):
     assert find(decodes([5, 9], groups)) is None, "an adapter of two pages was not captured"
     assert find(decodes([5, 9, 2], groups, adapters=False)) is None, "three rows were not captured"
     assert (find(decodes([5], groups)).layout.rows, find(decodes([5], groups)).pages) == (1, 0)
+
+
+def test_which_prompts_are_replayed(folder, cuda):
+    servable = servable_of(folder, cuda_kernels(CPU, fixed=False))
+    groups = list(servable.layout.groups)
+    sizes = GraphSizes(sequences=2, length=40, pages=1, tokens=20)
+    assert sizes.prompt_buckets == (16, 20)
+    assert GraphSizes(2, 40, 1, tokens=4000).prompt_buckets[-2:] == (1024, 2048)
+    assert GraphSizes(2, 40, 1).prompt_buckets == ()
+    runner = device_runner(servable, sizes)
+    runner.capture(lambda *_: None)
+
+    def prompt(*lengths, wanted=1, adapters=False):
+        rows = np.arange(sum(lengths))[-wanted:]
+        return runner._graphs.find(replace(prompts(lengths, groups, adapters), logits_rows=rows))
+
+    assert [prompt(n).layout.rows for n in (2, 16, 17, 20)] == [16, 16, 20, 20]
+    assert prompt(1).layout.wanted is None, "one token is a decode"
+    assert prompt(9, 9, wanted=2).layout.rows == 20
+    assert prompt(21) is None, "more rows than were captured"
+    assert prompt(5, wanted=3) is None, "as many logits as a prompt's logprobs want"
+    assert prompt(3, 3, 3) is None, "more sequences than the server runs"
+    assert prompt(5, 5, adapters=True) is None, "an adapter of two pages was not captured"
+    fixed = sizes.layouts(groups, runner.cache, servable.query_group, True)
+    assert all(layout.wanted is None for layout in fixed)
 
 
 def test_a_rows_bits_are_its_own_where_that_is_asked_for(folder, cuda):
