@@ -39,6 +39,8 @@ from server.startup import assemble, open_store
 from server.text.tokenizer import Tokenizer
 from tests.bench.random_llama import Shape, make_adapter, make_tokenizer
 
+_PROMPT = 32  # tokens
+
 
 @dataclass(frozen=True)
 class Disturbance:
@@ -61,6 +63,8 @@ def served(
         served_model_name="base",
         adapter_store=folder / "store",
         max_num_seqs=streams + 1,
+        max_num_batched_tokens=_PROMPT,  # captured up to there
+        prefill_chunk=_PROMPT // 2,
         max_lora_rank=32,
         max_loras=8,
         adapter_dtype="bfloat16",
@@ -210,7 +214,7 @@ def _upload(uploader: subprocess.Popen[str], line: str) -> dict[str, Any]:
 async def _stream(
     made: Served, name: str, moments: list[float], generation: str | None = None, tokens: int = 4000
 ) -> None:
-    submit = Submit(name, tuple(range(3, 35)), Sampling(tokens, temperature=0), generation)
+    submit = Submit(name, tuple(range(3, 3 + _PROMPT)), Sampling(tokens, temperature=0), generation)
     async with aclosing(made.engine.stream(submit)) as events:
         async for event in events:
             if isinstance(event, Token):
