@@ -10,7 +10,7 @@ SANITIZE = $(COMPILE) -DLOOKS_UP_ASIDE=0 -O0 -g -fsanitize=address,undefined -fn
 EMULATION = tests/kernels/emulation
 EMULATE = -ULOOKS_UP_ASIDE -DLOOKS_UP_ASIDE=1 -mavx2 -mfma -mf16c -include $(EMULATION)/emulate.h
 
-.PHONY: help install native sanitize emulate sanitize-emulated demo test interpret check smoke load bench-cpu \
+.PHONY: help install native sanitize emulate sanitize-emulated demo test interpret check smoke load bench-cpu bench-report \
 	gpu-wheels gpu-check gpu-bench clean
 
 help:  ## this list
@@ -89,8 +89,11 @@ load: install  ## 8 streams over 4 adapters: tokens/s, percentiles, every text a
 	@$(BIN)/python -m loadtests.load
 
 bench-cpu: install  ## this CPU's speed against bitsandbytes and peft, a figure a line (QUICK=1: fewer rounds)
-	@$(BIN)/pip install --quiet --editable ".[dev,bench]" --constraint constraints.txt
 	@$(BIN)/python -m tests.bench.cpu $(if $(QUICK),--quick)
+
+bench-report: install  ## docs/performance.md, its tables and pictures, from the newest runs that are kept
+	@$(BIN)/pip install --quiet --editable ".[dev,bench]" --constraint constraints.txt
+	@$(BIN)/python -m tests.bench.report
 
 gpu-wheels: install  ## gather into build/wheels what an offline GPU machine lacks
 	@$(BIN)/python -m tests.gpu.wheels

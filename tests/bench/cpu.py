@@ -1,10 +1,10 @@
 """The CPU's speed, each figure a ratio of medians measured in turn in one run.
 
     python -m tests.bench.cpu            # a 1B Llama shape with random weights, 32 adapters of rank 16
-    python -m tests.bench.cpu --quick    # fewer rounds, fewer batches
+    python -m tests.bench.cpu --quick    # fewer rounds, batches and adapters
 
 Ends with a line per figure, `figure NAME VALUE BOUND ok|short`, or `figure NAME - BOUND unmeasured (why)`; exits 1 when
-any is short. The lines of a run are kept in `loadtests/results/cpu.jsonl`, and `python -m tests.bench.report` makes
+any is short. The lines of a run are kept in `loadtests/results/cpu.jsonl`, and `make bench-report` makes
 docs/performance.md of the newest.
 """
 
@@ -46,17 +46,18 @@ class Plan:
     steps: int  # that a sequence decodes
     few: int  # the same for those who need seconds for each, where one step is as long as the next
     batches: tuple[int, ...]  # 1 and 16 are what figures are about
+    adapters: int  # that a server takes in: 16 are asked for at once
 
 
-FULL, QUICK = Plan(3, 24, 5, (1, 4, 8, 16)), Plan(2, 8, 3, (1, 16))
+FULL, QUICK = Plan(3, 24, 5, (1, 4, 8, 16), 32), Plan(2, 8, 3, (1, 16), 16)
 THEIRS = {"bitsandbytes-float32": torch.float32, "bitsandbytes-bfloat16": torch.bfloat16}
 
 Adapters = list[int | None]
 Measure = Callable[[], float]
 
 
-def popularity(kind: str, batch: int) -> Adapters:
-    """Which adapter each sequence of a batch names."""
+def popularity(kind: str, batch: int, adapters: int) -> Adapters:
+    """Which of the adapters each sequence of a batch names."""
     match kind:
         case "base":
             return [None] * batch
@@ -66,7 +67,7 @@ def popularity(kind: str, batch: int) -> Adapters:
             return list(range(batch))
         case _:  # zipf: the k-th adapter is asked for 1/k as often as the first
             draw = random.Random(SEED)
-            return draw.choices(range(32), weights=[1 / (k + 1) for k in range(32)], k=batch)
+            return draw.choices(range(adapters), weights=[1 / (k + 1) for k in range(adapters)], k=batch)
 
 
 def in_turn(measures: Mapping[Any, Measure], rounds: int, what: str) -> dict[Any, float]:
@@ -108,7 +109,7 @@ class Bench:
         self.int8 = int8_reason()
         self.peft_dtype = torch.bfloat16  # until bitsandbytes was seen to decode faster in another
         self.bandwidth = 0.0  # the highest seen beside the steps whose floor it makes
-        given = {"adapters": 32, "adapter_dtype": "bfloat16", "max_loras": 32}
+        given = {"adapters": plan.adapters, "adapter_dtype": "bfloat16", "max_loras": plan.adapters}
         self.ours = {"fp32": self._load("fp32", **given)}
         if self.int8 is None:
             self.ours["int8"] = self._load("int8", cpu_math="int8", **given)
@@ -152,12 +153,12 @@ class Bench:
         """What adapters add to a step, by how requests spread over them."""
         ours = self.ours["fp32"]
         cases: dict[Any, Measure] = {
-            (kind, batch): partial(ours.decode, popularity(kind, batch), self.plan.steps)
+            (kind, batch): partial(ours.decode, popularity(kind, batch, self.plan.adapters), self.plan.steps)
             for batch in self.plan.batches
             for kind in ("base", "identical", "distinct", "zipf")
         }
-        ours.decode(list(range(16)), 2)  # adapters are read from disk once, outside the times
-        ours.decode(list(range(16, 32)), 2)
+        for first in range(0, self.plan.adapters, 16):  # they are read from disk once, outside the times
+            ours.decode(list(range(first, first + 16)), 2)
         steps = self._timed("adapters", cases)
         base = steps["base", 16]
         tax = 1.5 * (16 * self.made.shape.adapter_weights * 2 / self.bandwidth) / base

@@ -5,7 +5,7 @@
 
 Ends with a line per figure, `figure NAME VALUE BOUND ok|short`; exits 1 when any is short. A part that fails is one
 short figure, and the others run all the same. Lines go to `loadtests/results/<gpu>-bench.jsonl`;
-`python -m tests.bench.report` makes a part of docs/performance.md of the newest run.
+`make bench-report` makes a part of docs/performance.md of the newest run.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Both arithmetics score the same texts through the engine's own forward pass, the base and each adapter. The portable
 kernel makes the same integers as those with byte instructions (tests/kernels/test_packed.py), so any machine can do it.
-Appends to `loadtests/results/int8.jsonl`; `python -m tests.bench.report` puts the newest run into docs/performance.md.
+Appends to `loadtests/results/int8.jsonl`; `make bench-report` puts the newest run into docs/performance.md.
 """
 
 from __future__ import annotations

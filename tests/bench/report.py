@@ -1,6 +1,6 @@
 """docs/performance.md from the newest runs in `loadtests/results`: tables, a picture, and their source.
 
-python -m tests.bench.report
+make bench-report
 """
 
 from __future__ import annotations
