@@ -65,11 +65,12 @@ def test_contestants_take_turns_and_give_medians():
 
 
 def test_popularity():
-    assert popularity("base", 2) == [None, None]
-    assert popularity("identical", 3) == [0, 0, 0]
-    assert popularity("distinct", 3) == [0, 1, 2]
-    drawn = Counter(popularity("zipf", 1000))
+    assert popularity("base", 2, 32) == [None, None]
+    assert popularity("identical", 3, 32) == [0, 0, 0]
+    assert popularity("distinct", 3, 32) == [0, 1, 2]
+    drawn = Counter(popularity("zipf", 1000, 32))
     assert drawn[0] > drawn[3] > drawn[20] > 0
+    assert set(popularity("zipf", 1000, 4)) == {0, 1, 2, 3}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_a_run_over_a_tiny_shape_gives_every_figure(made, tmp_path, monkeypatch)
     monkeypatch.setattr(cpu, "READ_FLOATS", 10_000)
     with ExitStack() as stack:
         results = Results("cpu", "make bench-cpu", 0)
-        bench = Bench(made, tmp_path, Plan(1, 4, 3, (1, 16)), results, stack)
+        bench = Bench(made, tmp_path, Plan(1, 4, 3, (1, 16), 16), results, stack)
         bench.run()
     status = {figure.name: figure.status for figure in bench.figures}
     assert len(status) == len(bench.figures)
