@@ -2,8 +2,7 @@
 
 A decode step has one row for each sequence and wants all their logits; a step that reads prompts has more, and wants
 one row of logits for each sequence at most. Both are padded to their bucket; what varies from step to step lies in one
-buffer whose address the graphs hold. Without a graph a step's launches take the host longer than the device takes for
-a few hundred rows. Knows nothing of sequences or of sampling.
+buffer whose address the graphs hold. Knows nothing of sequences or of sampling.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, cuda
 
-from kernels.plans import AttentionPlan
 from kernels.segments import FlatSpans, Segment, Span
 from server.model.kv_cache import PADDING_BLOCK, KVCache
 from server.model.runner import StepInputs
@@ -67,13 +65,14 @@ class GraphSizes:
                 for rows in self.prompt_buckets
             ]
         return [
-            StepLayout(
-                rows=rows,
-                wanted=wanted,
-                most_pages=dict.fromkeys(names, pages) if pages else {},
+            StepLayout.bucket(
+                rows,
+                wanted,
+                groups=names,
+                pages=pages,
                 most_blocks=max(least_blocks, min((wanted or rows) * each, cache.blocks)),
                 block_size=cache.block_size,
-                queries=AttentionPlan.tile_queries(group, 1 if wanted is None else rows, fixed=fixed),
+                group=group,
                 fixed=fixed,
             )
             for rows, wanted, least_blocks in sizes

@@ -71,6 +71,30 @@ class StepLayout:
             fixed=fixed,
         )  # fmt: skip
 
+    @classmethod
+    def bucket(
+        cls,
+        rows: int,
+        wanted: int | None,  # None: decodes, a row of each span, all wanted
+        *,
+        groups: Sequence[str],
+        pages: int,  # of a segment, at most; 0: without adapters
+        most_blocks: int,
+        block_size: int,
+        group: int,
+        fixed: bool,
+    ) -> StepLayout:
+        """The largest step of a graph; `group` query heads share a key head."""
+        return cls(
+            rows=rows,
+            wanted=wanted,
+            most_pages=dict.fromkeys(groups, pages) if pages else {},
+            most_blocks=most_blocks,
+            block_size=block_size,
+            queries=AttentionPlan.tile_queries(group, 1 if wanted is None else rows, fixed=fixed),
+            fixed=fixed,
+        )
+
     @property
     def logits(self) -> int:
         """Rows of logits that come back."""

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapters.pool import Pool
 from kernels.lookup import NF4_CODE
-from kernels.plans import AttentionPlan
 from server.engine.batch import build
 from server.engine.blocks import Blocks
 from server.engine.engine import Engine as Serving
@@ -131,14 +130,14 @@ class Engine:
 
     def _layout(self, rows: int, wanted: int | None, fixed: bool, pages: int) -> StepLayout:
         """Of the engine's own graphs, those for a bucket and adapters of so many pages."""
-        longest = 1 if wanted is None else rows
-        return StepLayout(
-            rows=rows,
-            wanted=wanted,
-            most_pages=dict.fromkeys(self.pages.groups, pages) if pages else {},
+        return StepLayout.bucket(
+            rows,
+            wanted,
+            groups=self.pages.groups,
+            pages=pages,
             most_blocks=max(rows, self.cache.blocks),
             block_size=BLOCK,
-            queries=AttentionPlan.tile_queries(self.servable.query_group, longest, fixed=fixed),
+            group=self.servable.query_group,
             fixed=fixed,
         )
 

@@ -152,10 +152,10 @@ def newest(ended: list[list[Line]]) -> list[Line]:
 
 def sources(lines: list[Line]) -> list[str]:
     """Where the numbers of all these lines are from, a run after the other."""
-    runs = {
+    found = {
         (line["run"], line["commit"]): source(line) for line in lines if {"seconds", "status"} & line.keys()
     }
-    return [f"- {runs[key]}" for key in sorted(runs)]
+    return [f"- {found[key]}" for key in sorted(found)]
 
 
 def kernels(lines: list[Line]) -> list[str]:

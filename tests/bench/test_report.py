@@ -71,9 +71,8 @@ def test_a_gpu_by_the_newest_that_was_said_of_each_thing(keep):
     keep("h200-bench", "two", *card, kernel, step | {"commit": "def"}, figure(6.5) | {"commit": "def"})
     keep("h200-bench", "cut", step | {"seconds": 0.001})
     page = report.rewritten(PAGE.read_text())
-    assert (
-        page.count("- From `make bench-cpu` at commit") == 3
-    )  # of the first run, both commits of the second
+    listed = page.count("- From `make bench-cpu` at commit")
+    assert listed == 3, "the first run, and the second at both commits"
     assert "| ours | 3 |" in page
     assert "| `_linear` | 2 |" in page
     assert "| base | 4 (2.00) |" in page
