@@ -65,7 +65,9 @@ def _attention_kernel(
     WINDOW: tl.constexpr,  # 0: none
     CAPPED: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    portable.wait_for_earlier(EARLY)
     tile = tl.program_id(0)
     lane = tl.program_id(2)
     splits = tl.num_programs(2)
@@ -305,6 +307,7 @@ def attention(
         STAGES=stages,
         num_warps=warps,
         enable_fp_fusion=not fixed,
+        **portable.early(q),
     )
     return out
 

@@ -23,18 +23,17 @@ HEAD = tl.constexpr(plans.DELTA_HEAD)
 RECORD = tl.constexpr(plans.DELTA_RECORD)
 JOB = tl.constexpr(5)  # where a record's job begins
 
-_CHUNK = 1024  # of the inputs: sums are made in chunks at fixed places, so that no bit shows how they were shared out
+CHUNK = 1024  # of the inputs: sums are made in chunks at fixed places, so that no bit shows how they were shared out
 _FILL = 512  # programs that keep a large GPU busy
 _MOST_PROGRAMS = 2048
-# by rows of a tile: inputs that one turn of shrink's loop reads, and turns in flight
-_STEPS = {16: (256, 4), 64: (128, 3)}
-_EXPAND_STAGES = (
-    5  # of which half pass while a job's numbers are fetched: its page is then read two turns ahead
-)
+STEP = 128  # inputs that one turn of shrink's loop reads
+_STAGES = {16: 6, 64: 3}  # turns in flight, by rows of a tile
+JOBS = tl.constexpr(4)  # of one turn of expand's loop, which waits for memory once for all of them
+_EXPAND_STAGES = 5  # of which half pass while a job's numbers are fetched: its page is read two turns ahead
 
 
 # what varies from step to step is no constant: one compiled kernel serves all buckets
-@triton.jit(do_not_specialize=["rows", "granules"])
+@triton.jit(do_not_specialize=["granules"])
 def _shrink_kernel(
     x: tl.tensor,
     a: tl.tensor,
@@ -43,7 +42,41 @@ def _shrink_kernel(
     plan: tl.tensor,
     planes: tl.tensor,
     counters: tl.tensor,
-    rows: tl.tensor,
+    room: tl.tensor,
+    inside: tl.tensor,
+    granules: tl.tensor,
+    v_width: tl.tensor,
+    MEMBERS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    STEP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
+) -> None:
+    portable.wait_for_earlier(EARLY)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    shrink_tiles(
+        program, programs, x, a, scale, v, plan, planes, counters, None, room, inside, granules, v_width,
+        MEMBERS, HEIGHT, STEP, CHUNK, CHUNKS, SPLIT, EVEN, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def shrink_tiles(
+    program: tl.tensor,  # takes every `programs`-th of the sums
+    programs: tl.tensor,
+    x: tl.tensor,  # [rows, inside]
+    a: tl.tensor,  # [pages, MEMBERS, 16, inside]
+    scale: tl.tensor,  # [pages, MEMBERS] float32
+    v: tl.tensor,  # [rows of the plan, MEMBERS, v_width]
+    plan: tl.tensor,
+    planes: tl.tensor,  # [CHUNKS, size of v] float32, where SPLIT
+    counters: tl.tensor,  # [tiles, MEMBERS] int32, where SPLIT
+    ready: tl.tensor,  # counts the tiles' members that are in v; or None
+    room: tl.tensor,  # size of v
     inside: tl.tensor,
     granules: tl.tensor,
     v_width: tl.tensor,  # columns of v for each member
@@ -52,13 +85,16 @@ def _shrink_kernel(
     STEP: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    SPLIT: tl.constexpr,  # whether each chunk has a program of its own
+    SPLIT: tl.constexpr,  # whether each chunk is a sum of its own
     EVEN: tl.constexpr,  # whether inside is a multiple of STEP
     STAGES: tl.constexpr,
 ) -> None:
-    member = tl.program_id(1)
+    """Sums are numbered tile by tile, then member by member, then chunk by chunk."""
     rank = tl.arange(0, PAGE_RANK)
-    for tile in range(tl.program_id(0), tl.load(plan), tl.num_programs(0)):
+    EACH: tl.constexpr = CHUNKS if SPLIT else 1
+    for number in range(program, tl.load(plan) * (MEMBERS * EACH), programs):
+        tile = number // (MEMBERS * EACH)
+        member = number // EACH % MEMBERS
         at = plan + HEAD + 2 * granules + tile * RECORD
         page = tl.load(at).to(tl.int64)
         row = tl.load(at + 1) + tl.arange(0, HEIGHT)
@@ -69,9 +105,8 @@ def _shrink_kernel(
         total = tl.zeros((HEIGHT, PAGE_RANK), tl.float32)
         complete = True
         if SPLIT:
-            chunk = tl.program_id(2)
+            chunk = number % CHUNKS
             part = _sum_chunk(x, factor, row, mine, chunk, inside, HEIGHT, STEP, CHUNK, EVEN, STAGES)
-            room = rows * MEMBERS * v_width
             tl.store(planes + chunk * room + place, part, mask=mine[:, None])
             tl.debug_barrier()
             counter = counters + tile * MEMBERS + member
@@ -86,6 +121,9 @@ def _shrink_kernel(
         if complete:
             total *= tl.load(scale + page * MEMBERS + member) * weight
             tl.store(v + place, portable.narrow(total, v.dtype.element_ty), mask=mine[:, None])
+            if ready is not None:
+                tl.debug_barrier()
+                tl.atomic_add(ready, 1, sem="release", scope="gpu")
 
 
 @triton.jit
@@ -120,56 +158,107 @@ def _sum_chunk(
     return part
 
 
+@dataclass(frozen=True, slots=True)
+class Deltas:
+    """What a step's rows read of a pool's pages, at one group of siblings."""
+
+    a: Tensor  # [pages, members, 16, in]
+    b: Tensor  # [pages, 16, sum of widths], as a
+    scale: Tensor  # [pages, members] float32
+    widths: tuple[int, ...]  # one per member
+    plan: DeltaPlan
+
+    @property
+    def chunks(self) -> int:
+        """Of the inputs: each is summed by itself."""
+        return -(-self.a.shape[3] // CHUNK)
+
+    @property
+    def members_of_tiles(self) -> int:
+        """That make up v, at most."""
+        return self.plan.tiles * len(self.widths)
+
+    @property
+    def sums(self) -> int:
+        """That shrink is made of when chunks are shared out, at most."""
+        return self.members_of_tiles * self.chunks
+
+    @property
+    def granules(self) -> int:
+        """Runs of 16 rows that the plan lists jobs for."""
+        return -(-self.plan.rows // plans.GRANULE)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where each member's columns begin, and where the last one's end."""
+        return (0, *(sum(self.widths[: i + 1]) for i in range(len(self.widths))))
+
+    def pure(self, width: int) -> bool:
+        """Whether tiles of so many columns hold columns of one member only."""
+        return all(each % width == 0 for each in self.widths)
+
+    def room(self, x: Tensor) -> Tensor:  # [plan.rows, members, plan.hidden]
+        """For v, which is shrink's result; only what a row's own pages write there means something."""
+        assert x.is_contiguous()
+        assert self.a.is_contiguous()
+        assert self.b.is_contiguous()
+        assert x.dtype is self.a.dtype is self.b.dtype
+        assert self.a.shape[1:] == (len(self.widths), plans.PAGE_RANK, x.shape[1])
+        assert self.b.shape[2] == sum(self.widths)
+        assert len(x) <= self.plan.rows
+        return x.new_empty(self.plan.rows, len(self.widths), self.plan.hidden)
+
+
 def shrink(
     x: Tensor,  # [rows, in]
-    a: Tensor,  # [pages, members, 16, in], as x
-    scale: Tensor,  # [pages, members] float32
-    plan: DeltaPlan,
+    deltas: Deltas,
     workspace: Workspace,
     *,
     fixed: bool = False,
-) -> Tensor:  # [rows, members, plan.hidden]; only what a row's own pages wrote means something
+) -> Tensor:  # [plan.rows, members, plan.hidden]; only what a row's own pages wrote means something
     """`v[t, m, page's columns] = weight * scale[page, m] * x[t] @ a[page, m].T` for each page of t's segment.
 
     Sums in float32, in chunks of 1024 inputs added in their order; a program for each chunk where tiles are few.
-    Programs go from tile to tile, so that a bucket with room for many costs little when few are in use. `fixed` wants
-    a plan made `fixed` too: a row's bits are then its own.
+    Programs go from sum to sum, so that a bucket with room for many tiles costs little when few are in use. `fixed`
+    wants a plan made `fixed` too: a row's bits are then its own.
     """
-    assert x.is_contiguous()
-    assert a.is_contiguous()
-    assert x.dtype is a.dtype
-    members, inside = a.shape[1], a.shape[3]
-    assert x.shape[1] == inside
-    assert len(x) <= plan.rows
+    plan, members = deltas.plan, len(deltas.widths)
     assert not fixed or plan.tile_rows == 16
-    v = x.new_empty(plan.rows, members, plan.hidden)
-    chunks = -(-inside // _CHUNK)
-    split = chunks > 1 and (plan.rows <= plans.FEW_ROWS or plan.tiles * members < _FILL)
-    step, stages = _STEPS[plan.tile_rows]
-    lanes = chunks if split else 1
-    _shrink_kernel[(min(plan.tiles, -(-_MOST_PROGRAMS // (members * lanes))), members, lanes)](
+    v, inside = deltas.room(x), x.shape[1]
+    split = deltas.chunks > 1 and (plan.rows <= plans.FEW_ROWS or plan.tiles * members < _FILL)
+    sums = deltas.sums if split else plan.tiles * members
+    _shrink_kernel[(min(sums, _MOST_PROGRAMS),)](
         x,
-        a,
-        scale,
+        deltas.a,
+        deltas.scale,
         v,
         plan.buffer,
-        workspace.planes(chunks * v.numel() if split else 0),
+        workspace.planes(deltas.chunks * v.numel() if split else 0),
         workspace.counters(plan.tiles * members if split else 0),
-        plan.rows,
+        v.numel(),
         inside,
-        granules=-(-plan.rows // plans.GRANULE),
+        granules=deltas.granules,
         v_width=plan.hidden,
         MEMBERS=members,
         HEIGHT=plan.tile_rows,
-        STEP=step,
-        CHUNK=_CHUNK,
-        CHUNKS=chunks,
+        STEP=STEP,
+        CHUNK=CHUNK,
+        CHUNKS=deltas.chunks,
         SPLIT=split,
-        EVEN=inside % step == 0,
-        STAGES=stages,
+        EVEN=inside % STEP == 0,
+        STAGES=_STAGES[plan.tile_rows],
         num_warps=4,
+        **portable.early(x),
     )
     return v
+
+
+@triton.jit
+def _jobs_of(plan: tl.tensor, first_row: tl.tensor, granules: tl.tensor, HEIGHT: tl.constexpr) -> tl.tensor:
+    """(first, end) of the jobs that have rows in a tile."""
+    granule = first_row // GRANULE
+    last_granule = tl.minimum(granule + (HEIGHT - 1) // GRANULE, granules - 1)
+    return tl.load(plan + HEAD + granule), tl.load(plan + HEAD + granules + last_granule)
 
 
 @triton.jit
@@ -182,6 +271,7 @@ def add_jobs(
     first_column: tl.tensor,
     lane: tl.tensor,  # this program does jobs lane, lane + LANES, ... of its tile's; one past the last does none
     LANES: tl.constexpr,
+    ready: tl.tensor,  # counts what is in v, by other programs of this launch; None where v is complete
     granules: tl.tensor,
     v_width: tl.tensor,
     STARTS: tl.constexpr,  # (0, the members' widths summed up)
@@ -199,11 +289,13 @@ def add_jobs(
     total: tl.constexpr = STARTS[MEMBERS]
     row = first_row + tl.arange(0, HEIGHT)
     column = first_column + tl.arange(0, WIDTH)
-    rank = tl.arange(0, PAGE_RANK)
-    granule = first_row // GRANULE
-    last_granule = tl.minimum(granule + (HEIGHT - 1) // GRANULE, granules - 1)
-    first_job = tl.load(plan + HEAD + granule)
-    end_job = tl.load(plan + HEAD + granules + last_granule)
+    inner = tl.arange(0, JOBS * PAGE_RANK)
+    first_job, end_job = _jobs_of(plan, first_row, granules, HEIGHT)
+    if ready is not None:  # noqa: SIM102 - decided when compiled
+        if first_job + lane < end_job:
+            complete = tl.load(plan) * MEMBERS
+            while (tl.atomic_add(ready, 0, sem="acquire", scope="gpu") & 0xFFFF) < complete:
+                pass
     first_member = 0
     last_member = 0
     for i in tl.static_range(1, MEMBERS):
@@ -218,18 +310,23 @@ def add_jobs(
             low = tl.where(member >= i, STARTS[i], low)
             high = tl.where(member < i, tl.minimum(high, STARTS[i]), high)
         own = (column >= low) & (column < high)
-        for job in tl.range(first_job + lane, end_job, LANES, num_stages=STAGES):
+        for turn in tl.range(first_job + lane, end_job, JOBS * LANES, num_stages=STAGES):
+            job = turn + inner // PAGE_RANK * LANES
+            there = job < end_job
             at = plan + HEAD + 2 * granules + job * RECORD + JOB
-            page = tl.load(at).to(tl.int64)
-            start = tl.load(at + 1)
-            end = tl.load(at + 2)
-            hidden = tl.load(at + 3) * PAGE_RANK
-            mine = (row >= start) & (row < end)
-            here = v + (row[:, None] * MEMBERS + member) * v_width + hidden + rank[None, :]
-            there = b + (page * PAGE_RANK + rank[:, None]) * total + column[None, :]
-            values = tl.load(here, mask=mine[:, None], other=0.0)
-            factors = tl.load(there) if PURE else tl.load(there, mask=own[None, :], other=0.0)
-            acc = portable.dot(values, factors, acc)
+            page = tl.max_constancy(tl.load(at, mask=there, other=0), PAGE_RANK)
+            start = tl.max_constancy(tl.load(at + 1, mask=there, other=0), PAGE_RANK)
+            end = tl.max_constancy(tl.load(at + 2, mask=there, other=0), PAGE_RANK)
+            place = tl.max_constancy(tl.load(at + 3, mask=there, other=0), PAGE_RANK)
+            mine = (row[:, None] >= start[None, :]) & (row[:, None] < end[None, :])
+            hidden = place * PAGE_RANK + inner % PAGE_RANK
+            here = v + (row[:, None] * MEMBERS + member) * v_width + hidden[None, :]
+            factor = (
+                b + (page * PAGE_RANK + inner % PAGE_RANK)[:, None].to(tl.int64) * total + column[None, :]
+            )
+            values = tl.load(here, mask=mine, other=0.0)
+            wanted = there[:, None] if PURE else there[:, None] & own[None, :]
+            acc = portable.dot_in_parts(values, tl.load(factor, mask=wanted, other=0.0), acc, PAGE_RANK)
     return acc
 
 
@@ -246,18 +343,32 @@ def _expand_kernel(
     WIDTH: tl.constexpr,
     PURE: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    portable.wait_for_earlier(EARLY)
     first_row = tl.program_id(1) * HEIGHT
     first_column = tl.program_id(0) * WIDTH
-    granule = first_row // GRANULE
-    last_granule = tl.minimum(granule + (HEIGHT - 1) // GRANULE, granules - 1)
-    first_job = tl.load(plan + HEAD + granule)
-    end_job = tl.load(plan + HEAD + granules + last_granule)
+    first_job, end_job = _jobs_of(plan, first_row, granules, HEIGHT)
     if first_job >= end_job:
         return
     acc = tl.zeros((HEIGHT, WIDTH), tl.float32)
     acc = add_jobs(
-        acc, v, b, plan, first_row, first_column, 0, 1, granules, v_width, STARTS, HEIGHT, WIDTH, PURE, STAGES
+        acc,
+        v,
+        b,
+        plan,
+        first_row,
+        first_column,
+        0,
+        1,
+        None,
+        granules,
+        v_width,
+        STARTS,
+        HEIGHT,
+        WIDTH,
+        PURE,
+        STAGES,
     )
     row = first_row + tl.arange(0, HEIGHT)
     adapted = row < 0
@@ -276,9 +387,7 @@ def _expand_kernel(
 def expand(
     y: Tensor,  # [rows, sum of widths], written
     v: Tensor,  # [plan.rows, members, plan.hidden]
-    b: Tensor,  # [pages, 16, sum of widths], as v
-    widths: tuple[int, ...],  # one per member
-    plan: DeltaPlan,
+    deltas: Deltas,
     *,
     fixed: bool = False,
 ) -> None:
@@ -286,64 +395,37 @@ def expand(
 
     Rows without an adapter are neither read nor written.
     """
+    plan, out = deltas.plan, sum(deltas.widths)
     assert y.is_contiguous()
-    assert b.is_contiguous()
-    assert v.dtype is b.dtype
-    assert y.shape[1] == b.shape[2] == sum(widths)
+    assert v.dtype is deltas.b.dtype
+    assert y.shape[1] == out
     assert len(y) <= plan.rows
     assert not fixed or plan.tile_rows == 16
     width, height = 128, plan.tile_rows
-    jobs = ExpandJobs(plan, widths)
-    _expand_kernel[(-(-sum(widths) // width), -(-len(y) // height))](
+    _expand_kernel[(-(-out // width), -(-len(y) // height))](
         y,
         v,
-        b,
+        deltas.b,
         plan.buffer,
-        granules=jobs.granules,
+        granules=deltas.granules,
         v_width=plan.hidden,
-        STARTS=jobs.starts,
+        STARTS=deltas.starts,
         HEIGHT=height,
         WIDTH=width,
-        PURE=jobs.pure(width),
+        PURE=deltas.pure(width),
         STAGES=_EXPAND_STAGES,
         num_warps=4,
+        **portable.early(y),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class ExpandJobs:
-    """What `add_jobs` is compiled for, beside the size of its tile."""
-
-    plan: DeltaPlan
-    widths: tuple[int, ...]  # one per member
-
-    @property
-    def granules(self) -> int:
-        """Runs of 16 rows that the plan lists jobs for."""
-        return -(-self.plan.rows // plans.GRANULE)
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """Where each member's columns begin, and where the last one's end."""
-        return (0, *(sum(self.widths[: i + 1]) for i in range(len(self.widths))))
-
-    def pure(self, width: int) -> bool:
-        """Whether tiles of so many columns hold columns of one member only."""
-        return all(each % width == 0 for each in self.widths)
 
 
 def add_deltas(
     y: Tensor,  # [rows, sum of widths], written
     x: Tensor,  # [rows, in]
-    a: Tensor,  # [pages, members, 16, in]
-    b: Tensor,  # [pages, 16, sum of widths]
-    scale: Tensor,  # [pages, members] float32
-    widths: tuple[int, ...],
-    plan: DeltaPlan,
+    deltas: Deltas,
     workspace: Workspace,
     *,
     fixed: bool = False,
 ) -> None:
     """`y += expand(shrink(x))` of every segment: two launches, whatever the mix."""
-    v = shrink(x, a, scale, plan, workspace, fixed=fixed)
-    expand(y, v, b, widths, plan, fixed=fixed)
+    expand(y, shrink(x, deltas, workspace, fixed=fixed), deltas, fixed=fixed)

@@ -6,11 +6,38 @@ assembly. Kernels take products, rounding and look-ups from here and are otherwi
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+def early(x: Tensor) -> dict[str, bool]:
+    """What to launch a kernel on `x` with that starts with `wait_for_earlier`.
+
+    On Hopper and later it may be launched while the kernel before it on the stream still ends (programmatic dependent
+    launch, CUDA's programming guide): 1 to 1.5 us less from one to the next, measured on an H200.
+    """
+    possible = _takes_early_launches(x.device)
+    return {"EARLY": possible, "launch_pdl": possible}
+
+
+@cache
+def _takes_early_launches(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def wait_for_earlier(EARLY: tl.constexpr) -> None:
+    """Until all that was launched before has ended and can be seen. Nothing may be read or written before."""
+    if EARLY:
+        gdc_wait()
 
 
 @triton.jit
@@ -25,6 +52,19 @@ def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
         return acc + product.to(tl.float32)
     else:
         return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def dot_in_parts(a: tl.tensor, b: tl.tensor, acc: tl.tensor, PART: tl.constexpr) -> tl.tensor:
+    """`dot`, adding up every `PART` of the inner dimension by itself and in order, as a tensor core does."""
+    if _INTERPRETED:
+        inner = tl.arange(0, a.shape[1])
+        for part in tl.static_range(a.shape[1] // PART):
+            mine = (inner // PART == part)[None, :]
+            acc = dot(tl.where(mine, a, 0.0).to(a.dtype), b, acc)
+        return acc
+    else:
+        return dot(a, b, acc)
 
 
 @triton.jit

@@ -31,7 +31,9 @@ def _rms_norm_kernel(
     WIDTH: tl.constexpr,
     ROOM: tl.constexpr,
     HEIGHT: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    portable.wait_for_earlier(EARLY)
     row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
     at = tl.arange(0, ROOM)
     mask = (row < rows)[:, None] & (at < WIDTH)[None, :]
@@ -97,6 +99,7 @@ def _norm(
         ROOM=room,
         HEIGHT=height,
         num_warps=4 if room <= 4096 else 8,
+        **portable.early(y),
     )
 
 
@@ -110,7 +113,9 @@ def _gate_kernel(
     WIDTH: tl.constexpr,
     ROOM: tl.constexpr,
     KIND: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    portable.wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * ROOM + tl.arange(0, ROOM)
     mask = at < WIDTH
@@ -145,6 +150,7 @@ def gate(
         ROOM=room,
         KIND=activation,
         num_warps=4,
+        **portable.early(y),
     )
     return y
 
@@ -172,7 +178,9 @@ def _heads_kernel(
     V_WIDTH: tl.constexpr,
     HALF_ROOM: tl.constexpr,
     V_ROOM: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    portable.wait_for_earlier(EARLY)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     if Q_HEADS > 0:  # noqa: SIM102 - decided when compiled: without queries their pointers are no tensors
@@ -277,6 +285,8 @@ def _launch(
     q_heads, q_width = (0, 0) if q is None else q.shape[1:]
     kv_heads, k_width = (0, q_width) if k is None else k.shape[1:]
     v_width = 1 if v is None else v.shape[2]
+    some = k if q is None else q
+    assert some is not None, "neither queries nor keys"
     assert q is None or q_width == k_width
     assert cos is None or sin is None or cos.shape == sin.shape == (rows, k_width)
     for cache, heads in ((k_cache, k), (v_cache, v)):
@@ -301,6 +311,7 @@ def _launch(
         HALF_ROOM=triton.next_power_of_2((k_width + 1) // 2),
         V_ROOM=triton.next_power_of_2(v_width),
         num_warps=1,
+        **portable.early(some),
     )
 
 

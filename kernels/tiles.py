@@ -62,6 +62,11 @@ _MOST_SPLITS = 16
 _LEAST_TURNS = 2  # of the loop in a split: its loads are then all under way before the first product
 
 
+def processors(capability: tuple[int, int]) -> int:
+    """Of a chip of that compute capability; of the smallest where several have it."""
+    return _PROCESSORS.get(capability, 108)
+
+
 def bucket(rows: int) -> int:
     """The bucket whose tiles so many rows use: the smallest that holds them, or the largest."""
     return next((most for most in BUCKETS if rows <= most), BUCKETS[-1])
@@ -73,7 +78,7 @@ def tile_for(out: int, width: int, rows: int, capability: tuple[int, int]) -> Ti
     tile = _TILES[8 if capability[0] < 9 else 9][bucket(rows)]
     while width // BLOCK % tile.blocks:
         tile = replace(tile, blocks=tile.blocks // 2)
-    return replace(tile, splits=_splits(tile, out, width, rows, _PROCESSORS.get(capability, 108)))
+    return replace(tile, splits=_splits(tile, out, width, rows, processors(capability)))
 
 
 def _splits(tile: Tile, out: int, width: int, rows: int, processors: int) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adapters.page_copy import SitePages
 from kernels import attention as paged
 from kernels import lora, nf4, rows
-from kernels.lora import ExpandJobs
+from kernels.lora import Deltas
 from kernels.nf4 import NF4Weight
 from kernels.tiles import BLOCK, FIXED_ROWS
 from kernels.workspace import Workspace
@@ -79,14 +79,14 @@ class TritonLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return nf4.linear(x.contiguous(), self.weight, self.bias, self.workspace, fixed=self.fixed)
 
-    def with_jobs(self, x: Tensor, v: Tensor, b: Tensor, jobs: ExpandJobs) -> Tensor:
-        """The product, and the deltas' expand in the same launch: rounded once."""
-        return nf4.linear(x, self.weight, self.bias, self.workspace, fixed=self.fixed, jobs=jobs, v=v, b=b)
+    def with_deltas(self, x: Tensor, deltas: Deltas) -> Tensor:
+        """The product and the deltas, rounded once; of few rows by one launch."""
+        return nf4.linear(x, self.weight, self.bias, self.workspace, fixed=self.fixed, deltas=deltas)
 
 
 @dataclass(frozen=True, slots=True)
 class TritonDeltas:
-    """All segments by one launch of shrink, and expand within the product where that is NF4's."""
+    """All segments at once: within the product where that is NF4's and rows are few, by launches of their own else."""
 
     workspace: Workspace
     fixed: bool
@@ -98,11 +98,15 @@ class TritonDeltas:
         if plan is None:
             return base(x)
         pages, x = self.pages, x.contiguous()
-        v = lora.shrink(x.to(pages.a.dtype), pages.a, pages.scale, plan, self.workspace, fixed=self.fixed)
-        if isinstance(base, TritonLinear) and v.dtype is x.dtype and nf4.folds(len(x), fixed=self.fixed):
-            return base.with_jobs(x, v, pages.b, ExpandJobs(plan, self.widths))
+        deltas = Deltas(pages.a, pages.b, pages.scale, self.widths, plan)
+        if (
+            isinstance(base, TritonLinear)
+            and pages.a.dtype is x.dtype
+            and nf4.folds(len(x), fixed=self.fixed)
+        ):
+            return base.with_deltas(x, deltas)
         y = base(x).contiguous()
-        lora.expand(y, v, pages.b, self.widths, plan, fixed=self.fixed)
+        lora.add_deltas(y, x.to(pages.a.dtype), deltas, self.workspace, fixed=self.fixed)
         return y
 
 

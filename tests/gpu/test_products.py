@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import lora, nf4
-from kernels.lora import ExpandJobs
+from kernels.lora import Deltas
 from kernels.nf4_decode import NF4Weight, dequantize
 from kernels.tiles import BUCKETS, CROSSOVER_ROWS
 from kernels.workspace import Workspace
@@ -13,6 +13,7 @@ from tests.bench.gpu_products import joined_shapes, plan_of
 from tests.kernels.naive import relative_error
 
 CUDA = torch.device("cuda")
+MOST_ADAPTERS = 40  # more of their sums than processors
 SHAPES = {**joined_shapes(LLAMA_8B), "small": (192, 80)}
 
 
@@ -29,9 +30,9 @@ def test_every_tile(name, fixed):
     weight, workspace = weight_of(inside, out), Workspace(CUDA)
     exact = dequantize(weight, torch.float32).double()
     widths = (out // 2, out - out // 2)
-    a = torch.randn(4, 2, 16, inside, device=CUDA).bfloat16() / inside**0.5
-    b = torch.randn(4, 16, out, device=CUDA).bfloat16()
-    scale = torch.rand(4, 2, device=CUDA)
+    a = torch.randn(MOST_ADAPTERS, 2, 16, inside, device=CUDA).bfloat16() / inside**0.5
+    b = torch.randn(MOST_ADAPTERS, 16, out, device=CUDA).bfloat16()
+    scale = torch.rand(MOST_ADAPTERS, 2, device=CUDA)
     for rows in (1, *BUCKETS, *(bucket + 5 for bucket in BUCKETS), CROSSOVER_ROWS, CROSSOVER_ROWS + 3):
         x = torch.randn(rows, inside, device=CUDA).bfloat16()
         want = x.double() @ exact.T
@@ -40,13 +41,15 @@ def test_every_tile(name, fixed):
         assert torch.equal(got, nf4.linear(x, weight, None, workspace, fixed=fixed)), rows
         if not nf4.folds(rows, fixed=fixed):
             continue
-        plan = plan_of(rows, min(rows, 3), CUDA, fixed)
-        v = lora.shrink(x, a, scale, plan, workspace, fixed=fixed)
-        given = {"fixed": fixed, "jobs": ExpandJobs(plan, widths), "v": v, "b": b}
-        adapted = nf4.linear(x, weight, None, workspace, **given)
-        apart = got.clone()
-        lora.expand(apart, v, b, widths, plan, fixed=fixed)
-        assert relative_error(adapted, apart.double()) < 2e-2, rows
-        assert relative_error(adapted, got.double()) > 2e-2, f"{rows}: the adapters did nothing"
-        assert torch.equal(adapted, nf4.linear(x, weight, None, workspace, **given)), rows
-        workspace.check()
+        for adapters in {1, min(rows, 3), min(rows, MOST_ADAPTERS)}:
+            deltas = Deltas(a, b, scale, widths, plan_of(rows, adapters, CUDA, fixed))
+            adapted = nf4.linear(x, weight, None, workspace, fixed=fixed, deltas=deltas)
+            apart = got.clone()
+            lora.add_deltas(apart, x, deltas, workspace, fixed=fixed)
+            case = f"{rows} rows, {adapters} adapters"
+            assert relative_error(adapted, apart.double()) < 2e-2, case
+            assert relative_error(adapted, got.double()) > 2e-2, f"{case}: they did nothing"
+            for _ in range(3):
+                again = nf4.linear(x, weight, None, workspace, fixed=fixed, deltas=deltas)
+                assert torch.equal(adapted, again), case
+            workspace.check()

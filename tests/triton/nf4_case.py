@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels import lora, nf4, reference
-from kernels.lora import ExpandJobs
+from kernels.lora import Deltas
 from kernels.nf4 import NF4Weight, linear
 from kernels.plans import DeltaPlan
 from kernels.segments import Segment, segments_of
@@ -39,19 +39,17 @@ class Adapted:
         base = self.x.double() @ self.exact.T
         return add_deltas(base, self.x, self.a, self.b, self.scale, self.widths, self.segments)
 
-    def ours(self, workspace, first=0, end=None, tile=None) -> Tensor:
-        """Rows `first:end` alone, by `linear` or with one tile."""
+    def ours(self, workspace, first=0, end=None, tile=None, *, apart=False) -> Tensor:
+        """Rows `first:end` alone, by `linear` or with one tile; `apart`: by a launch of shrink's own before it."""
         x = self.x[first:end].contiguous()
-        plan = self.plan(first, first + len(x))
-        v = lora.shrink(x, self.a, self.scale, plan, workspace, fixed=self.fixed)
-        jobs = ExpandJobs(plan, self.widths)
+        deltas = Deltas(self.a, self.b, self.scale, self.widths, self.plan(first, first + len(x)))
         if tile is None:
-            return linear(x, self.weight, None, workspace, fixed=self.fixed, jobs=jobs, v=v, b=self.b)
-        y = x.new_empty(len(x), sum(self.widths))
-        span = (0, len(x))
-        nf4.launch(
-            y, x, self.weight, None, workspace, tile, span, lanes=tile.splits, jobs=jobs, v=v, b=self.b
-        )
+            return linear(x, self.weight, None, workspace, fixed=self.fixed, deltas=deltas)
+        y, span = x.new_empty(len(x), sum(self.widths)), (0, len(x))
+        given = {"deltas": deltas, "lanes": tile.splits}
+        if apart:
+            given["v"] = lora.shrink(x, deltas, workspace, fixed=self.fixed)
+        nf4.launch(y, x, self.weight, None, workspace, tile, span, **given)
         return y
 
     def plan(self, first: int, end: int) -> DeltaPlan:

@@ -49,11 +49,13 @@ class Step(DeltaStep):
             fixed=fixed,
         )
 
+    def deltas(self, plan: DeltaPlan) -> lora.Deltas:
+        return lora.Deltas(self.a, self.b, self.scale, self.widths, plan)
+
     def ours(self, workspace=None, *, room=0, fixed=False) -> Tensor:
         y, workspace = self.y.clone(), workspace or Workspace(torch.get_default_device())
         plan = self.plan(room=room, fixed=fixed)
-        pages = self.a, self.b, self.scale, self.widths
-        lora.add_deltas(y, self.x, *pages, plan, workspace, fixed=fixed)
+        lora.add_deltas(y, self.x, self.deltas(plan), workspace, fixed=fixed)
         workspace.check()
         return y
 
@@ -105,7 +107,7 @@ def test_deltas_of_any_mix(shape, mix, dtype):
 def test_shrink_is_its_twin(dtype):
     """v itself, before anything is added: where a row has no page it is what the memory held."""
     step = make_step("odd", "blends", dtype)
-    v = lora.shrink(step.x, step.a, step.scale, step.plan(), Workspace(torch.get_default_device()))
+    v = lora.shrink(step.x, step.deltas(step.plan()), Workspace(torch.get_default_device()))
     assert v.dtype is dtype
     for segment in step.segments:
         held = len(segment.pages) * PAGE_RANK

@@ -105,12 +105,31 @@ def test_folds_the_deltas_in(dtype, widths, workspace):
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 def test_folds_the_deltas_in_with_any_tile(tile, workspace):
     adapted = Adapted(ROWS, (70, 30, 21), 128, torch.float32)
-    assert relative_error(adapted.ours(workspace, tile=tile), adapted.naive()) < 2e-6
+    got = adapted.ours(workspace, tile=tile)
+    assert relative_error(got, adapted.naive()) < 2e-6
+    assert torch.equal(got, adapted.ours(workspace, tile=tile)), (
+        "something was left for the next launch to find"
+    )
+
+
+def test_makes_v_in_the_same_launch_or_before_it(workspace, monkeypatch):
+    """Several chunks of the inputs, and more sums than programs."""
+    adapted, tile = Adapted(ROWS, (70, 58), 2112, torch.float32), TILES["split in 4"]
+    apart = adapted.ours(workspace, tile=tile, apart=True)
+    assert relative_error(apart, adapted.naive()) < 2e-6
+    for most in (132, 5):
+        monkeypatch.setattr(nf4, "processors", lambda capability, most=most: most)
+        assert torch.equal(adapted.ours(workspace, tile=tile), apart)
+
+
+def test_a_step_of_base_rows_waits_for_nothing(workspace):
+    adapted = Adapted([(3, (), ())], (16, 16), 128, torch.float32)
+    assert torch.equal(adapted.ours(workspace), linear(adapted.x, adapted.weight, None, workspace))
 
 
 def test_takes_no_jobs_where_it_dequantizes(workspace):
     adapted = Adapted([(CROSSOVER_ROWS + 1, (3,), (1.0,))], (16,), 64, torch.float32)
-    with pytest.raises(AssertionError, match="expand"):
+    with pytest.raises(AssertionError, match="add_deltas"):
         adapted.ours(workspace)
 
 
