@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 Load = Callable[[Settings, Serving], None]
 FAILED, USAGE = 1, 2
+# how long Python's lock may be kept from the engine, again and again in a step, by a thread that parses an upload, say
+SWITCH_SECONDS = 1e-4
 TICK = 0.05  # seconds between looks at the load, the engine and the drain
 STOP_SECONDS = 10.0  # for the engine to leave after its last sequence
 LAST_WORDS_SECONDS = 1.0  # for open streams to say why they end, after a second signal
@@ -71,6 +73,7 @@ def leave_steps_alone(loop: asyncio.AbstractEventLoop) -> None:
     """What keeps other threads from holding the engine's up, once all is loaded; from any thread."""
     from adapters.threads import compute_on  # which brings torch: only `serve` needs it, and it is here now
 
+    sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
     gc.freeze()  # a look through the libraries' half a million objects stops every thread for 0.25 s
     # torch gives every new thread the number that was set last; `adapters/loader.py` says what more than one would cost
