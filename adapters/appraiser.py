@@ -14,7 +14,7 @@ import torch
 from adapters.adapter import Adapter, Layout
 from adapters.entry import Facts
 from adapters.errors import AdapterError, Finding
-from adapters.peft_format import Keep, copied, inspect_adapter, mapped, read_adapter
+from adapters.peft_format import Keep, Outline, copied, inspect_adapter, mapped, read_adapter, scan_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +37,20 @@ class Appraiser:
 
     def validate(self, folder: Path, generation: str) -> Facts:
         """Facts of an adapter of which every value was looked at; AdapterError if it cannot be served."""
-        read_adapter(folder, generation, self.layout, self.dtype, self.max_rank, mapped)  # nothing is kept
-        return self._facts(folder, generation)
+        given = self.layout, self.dtype, self.max_rank
+        return self._facts(folder, scan_adapter(folder, generation, *given, mapped))  # nothing is kept
 
     def inspect(self, folder: Path, generation: str) -> Facts:
         """Facts by the header and the config alone; what is wrong is among them."""
         try:
-            return self._facts(folder, generation)
+            outline = inspect_adapter(folder, generation, self.layout, self.dtype, self.max_rank)
+            return self._facts(folder, outline)
         except AdapterError as error:
             return Facts(findings=error.findings or (Finding(folder.name, error.message),))
         except OSError as error:
             return Facts(findings=(Finding(folder.name, f"cannot be read: {error.strerror or error}"),))
 
-    def _facts(self, folder: Path, generation: str) -> Facts:
-        outline = inspect_adapter(folder, generation, self.layout, self.dtype, self.max_rank)
+    def _facts(self, folder: Path, outline: Outline) -> Facts:
         adapter = outline.adapter
         self.fits(adapter)
         members = (self.layout.sites[delta.site].members[delta.member] for delta in adapter.deltas)

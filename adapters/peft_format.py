@@ -1,7 +1,7 @@
 """A stored peft folder becomes an `Adapter`: pairs its tensors, checks them against a layout, and reads them.
 
 Knows nothing of archives, of names or of devices. `inspect_adapter` looks at the config and the header alone;
-`read_adapter` reads and scans every value too.
+`read_adapter` and `scan_adapter` look at every value too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LARGEST = 65504.0  # float16's largest number: a trained weight is nowhere near 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """What config and header tell: the adapter with tensors on the meta device, and its base's name."""
+    """An adapter and its base's name, as its config has it."""
 
     adapter: Adapter
     base_model: str
@@ -36,7 +36,7 @@ class Outline:
 def inspect_adapter(
     folder: Path, generation: str, layout: Layout, dtype: torch.dtype, max_rank: int
 ) -> Outline:
-    """Check config, names and shapes; cheap, and blind to the values."""
+    """Check config, names and shapes; cheap, and blind to the values: tensors are on the meta device."""
     findings = Findings()
     config, _, placed = _examine(folder, layout, max_rank, findings)
     findings.raise_if_any("the adapter")
@@ -70,6 +70,13 @@ def read_adapter(
     folder: Path, generation: str, layout: Layout, dtype: torch.dtype, max_rank: int, keep: Keep = copied
 ) -> Adapter:
     """Check everything, to the last value, and keep the weights."""
+    return scan_adapter(folder, generation, layout, dtype, max_rank, keep).adapter
+
+
+def scan_adapter(
+    folder: Path, generation: str, layout: Layout, dtype: torch.dtype, max_rank: int, keep: Keep
+) -> Outline:
+    """`read_adapter`, with what else is known by then."""
     findings = Findings()
     config, file, placed = _examine(folder, layout, max_rank, findings)
     deltas: list[Delta] = []
@@ -85,7 +92,7 @@ def read_adapter(
             problem = "every delta is zero: a fresh adapter with B = 0 changes nothing"
             findings.invalid("zero", Finding(TENSOR_FILE, problem, "train it, then send it again"))
     findings.raise_if_any("the adapter")
-    return Adapter(generation, tuple(deltas))
+    return Outline(Adapter(generation, tuple(deltas)), config.base_model if config else "")
 
 
 def _examine(

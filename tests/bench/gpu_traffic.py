@@ -101,7 +101,9 @@ def disturbances(
         files = _archives(shape, folder, rank, repeats)
         with served(model, kernels, shape, folder, streams) as (settings, serving):
             try:
-                return asyncio.run(_measure(settings, serving, uploader, files, streams, tokens))
+                loop = uvicorn.Config("").get_loop_factory()  # the server's
+                with asyncio.Runner(loop_factory=loop) as runner:
+                    return runner.run(_measure(settings, serving, uploader, files, streams, tokens))
             finally:
                 gc.unfreeze()  # what was served is garbage now, and the next part wants its memory
 
