@@ -44,12 +44,12 @@ class Figure:
 class Results:
     """One run's lines, appended to a file of `loadtests/results` as they come: a run that is cut keeps what it saw."""
 
-    def __init__(self, name: str, command: str, seed: int) -> None:
+    def __init__(self, name: str, command: str, seed: int, where: str | None = None) -> None:
         self._file = RESULTS / f"{name}.jsonl"
         self._run = {
             "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "commit": commit(),
-            "machine": machine(),
+            "machine": where or machine(),
             "command": command,
             "seed": seed,
         }

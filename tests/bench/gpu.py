@@ -406,9 +406,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         else:
             plan = full(torch.device("cuda", torch.cuda.current_device()))
-        results = Results(f"{_gpu_name(plan.device)}-bench", "make gpu-bench", SEED)
+        card = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else "no GPU"
+        where = f"{card} in a machine of {os.cpu_count()} cores"
+        results = Results(f"{_gpu_name(plan.device)}-bench", "make gpu-bench", SEED, where)
         if plan.device.type == "cuda":
-            results.add(name="gpu", gpu=torch.cuda.get_device_name(plan.device), torch=torch.__version__)
+            results.add(name="gpu", gpu=card, torch=torch.__version__)
         return Bench(plan, results).run()
 
 

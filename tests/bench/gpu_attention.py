@@ -5,6 +5,7 @@ Each walks over copies of the cache that no L2 holds, in a CUDA graph. Knows no 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -87,9 +88,10 @@ class _Work:
         from torch.nn.attention.varlen import varlen_attn
 
         k, v = (cache.unflatten(0, (-1, BLOCK)) for cache in self.caches[copy])
-        found = varlen_attn(
+        asked = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        found = varlen_attn(  # torch 2.11 has the block table, and no word for heads that share keys
             self.q, k, v, self.starts, None, self.case.queries, self.case.keys, scale=self.scale,
-            window_size=(-1, 0), enable_gqa=True, seqused_k=self.used, block_table=self.table,
+            window_size=(-1, 0), seqused_k=self.used, block_table=self.table, **asked,
         )  # fmt: skip
         assert isinstance(found, Tensor)
         return found

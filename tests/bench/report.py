@@ -145,8 +145,10 @@ def gpus() -> list[str]:
 
 
 def newest(ended: list[list[Line]]) -> list[Line]:
-    """Of each measurement and figure the last line: a run may be of parts only."""
-    found = {(line["name"], str(line.get("case"))): line for lines in ended for line in lines}
+    """Of each measurement and figure the last line, from the last whole run on: later ones may be of parts only."""
+    whole = [number for number, lines in enumerate(ended) if lines[0]["command"] == "make gpu-bench"]
+    since = ended[whole[-1] :] if whole else ended
+    found = {(line["name"], str(line.get("case"))): line for lines in since for line in lines}
     return list(found.values())
 
 

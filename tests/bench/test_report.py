@@ -80,6 +80,22 @@ def test_a_gpu_by_the_newest_that_was_said_of_each_thing(keep):
     assert "| `f` | 6.5 | 1.3 | ok | def |" in page
 
 
+def test_a_whole_run_of_a_gpu_hides_what_was_before_it(keep):
+    card = [{"name": "gpu", "gpu": "NVIDIA H200"}, {"name": "bandwidth", "gb_per_s": 4000}]
+    step = {"name": "decode", "case": ["base", 32], "seconds": 0.004, "floor_seconds": 0.002}
+    whole, gone = (
+        {"command": "make gpu-bench"},
+        {"name": "kernel", "case": ["base", "_gone"], "seconds": 0.002},
+    )
+    keep("h200-bench", "one", *card, step, gone, figure(5))
+    keep("h200-bench", "two", *(line | whole for line in (*card, step, figure(6))))
+    keep("h200-bench", "three", step | {"seconds": 0.006}, figure(7))
+    page = report.rewritten(PAGE.read_text())
+    assert "_gone" not in page
+    assert "| base | 6 (3.00) |" in page
+    assert "| `f` | 7 |" in page
+
+
 def test_what_int8_costs(keep):
     keep(
         "int8",
