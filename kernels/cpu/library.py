@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 InstructionSet = Literal["portable", "avx2", "avx512"]
-Math = Literal["fp32", "int8"]  # of products with 4-bit weights
+Math = Literal["fp32", "int8"]  # of products; int8: as fast as the processor can, and not exact
 INSTRUCTION_SETS: tuple[InstructionSet, ...] = (
     "portable",
     "avx2",
@@ -29,11 +29,14 @@ _ARGUMENTS: dict[str, tuple[type, ...]] = {
     "pack_nf4": (_POINTER, _POINTER, _POINTER, _SIZE, _SIZE),
     "pack_int8": (_POINTER, _POINTER, _POINTER, _SIZE, _SIZE),
     "pack_bf16": (_POINTER, _POINTER, _SIZE, _SIZE),
+    "pack_pairs": (_POINTER, _POINTER, _SIZE, _SIZE),
     "pack_f32": (_POINTER, _POINTER, _SIZE, _SIZE),
     "nf4_linear": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
     "int8_linear": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
     "has_int8": (),
     "bf16_linear": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
+    "pairs_linear": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
+    "has_pairs": (),
     "f32_linear": (_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
     "add_deltas": (*(_POINTER,) * 5, *(_SIZE,) * 4, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER),
     "attention": (

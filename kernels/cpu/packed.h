@@ -10,7 +10,8 @@
  *   dwords  dword [g][r] holds columns 8g .. 8g + 7 of row r: byte i has column 8g + i low and 8g + 4 + i high. One shift
  *           and one permutation make sixteen floats (AVX-512).
  *
- * A block of plain weights is [64 columns][64 rows] of floats, or of their upper halves (bfloat16). */
+ * A block of plain weights is [64 columns][64 rows] of floats, or of their upper halves (bfloat16); or [32][64 rows] of pairs of
+ * columns in bfloat16. */
 #ifndef LORAPLEX_PACKED_H
 #define LORAPLEX_PACKED_H
 

@@ -54,6 +54,16 @@ def f32(library, shape):
     return packed, weight
 
 
+def pairs(library, shape):
+    """By their own name: only what is fast here is chosen by itself."""
+    if library.instruction_set == "avx512" and not operations.run(library, "has_pairs"):
+        pytest.skip("this processor has no AVX512_BF16")
+    weight = torch.randn(shape).bfloat16()
+    packed = operations.PackedWeight.empty(library, "pairs", shape)
+    operations.run(library, "pack_pairs", weight.data_ptr(), packed.data.data_ptr(), *shape)
+    return packed, weight.float()
+
+
 def assert_near(got, x, weight, bias):
     """Within a few roundings of the exact product, element by element."""
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
@@ -72,6 +82,30 @@ def test_the_product(library, pack, shape):
         assert_near(operations.linear(library, x, packed, None), x, weight, None)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 1), (40, 63), (40, 100)])
+def test_the_product_with_rows_rounded_to_bfloat16(library, shape):
+    packed, weight = pairs(library, shape)
+    bias = torch.randn(shape[0])
+    for rows in ROWS:
+        x = torch.randn(rows, shape[1])
+        got = operations.linear(library, x, packed, bias)
+        assert_near(got, x.bfloat16(), weight, bias)
+        assert ((got - x @ weight.T - bias).abs() <= 2**-8 * (x.abs() @ weight.abs().T) + 1e-5).all()
+    x[0, 0] = float("nan")
+    found = operations.linear(library, x, packed, None)
+    assert found[0].isnan().all()
+    assert found[1:].isfinite().all()
+
+
+def test_plain_weights_are_in_pairs_where_int8_has_a_dot_product_for_them(bytes_library):
+    there = operations.run(bytes_library, "has_pairs")
+    if bytes_library.instruction_set != "avx512":
+        assert not there
+    packed = operations.pack_plain(bytes_library, torch.randn(40, 64).bfloat16())
+    assert packed.kind == ("pairs" if there else "bf16")
+    assert operations.pack_plain(bytes_library, torch.randn(40, 64)).kind == "f32"
+
+
 @pytest.mark.parametrize("pack", [bf16, f32])
 @pytest.mark.parametrize("inside", [1, 63, 65, 100])
 def test_plain_weights_may_have_any_width(library, pack, inside):
@@ -81,7 +115,7 @@ def test_plain_weights_may_have_any_width(library, pack, inside):
     assert_near(operations.linear(library, x[:1], packed, None), x[:1], weight, None)
 
 
-@pytest.mark.parametrize("pack", [nf4, bf16, f32])
+@pytest.mark.parametrize("pack", [nf4, bf16, f32, pairs])
 @pytest.mark.parametrize("shape", [(95, 320), (256, 512)])
 @pytest.mark.usefixtures("two_threads")
 def test_a_rows_bits_are_its_own(library, pack, shape):

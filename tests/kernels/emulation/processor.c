@@ -7,3 +7,8 @@ EXPORT int32_t loraplex_has_int8(int32_t isa, int32_t threads) {
     (void)isa, (void)threads;
     return 1;
 }
+
+EXPORT int32_t loraplex_has_pairs(int32_t isa, int32_t threads) {
+    (void)threads;
+    return isa == ISA_AVX512;
+}
