@@ -42,6 +42,9 @@ class Machine:
     wgmma_from_registers: (
         int  # whose left operand is in registers: miscompiled by some assemblers (triton #9433)
     )
+    touched_before_waiting: (
+        bool  # global memory, before waiting for the kernel before; also where it never waits
+    )
     loops: list[dict[str, int]] = field(default_factory=list)
 
     @property
@@ -91,6 +94,11 @@ def _compile(request: Request) -> Machine:
         file.flush()
         code = _run(tools / "nvdisasm", "-c", file.name)
         usage = _run(tools / "cuobjdump", "-res-usage", file.name)
+    touches = [
+        found.start()
+        for found in re.finditer(r"\b(ld|st|atom|red)\.[\w.]*global|cp\.async\.c", compiled.asm["ptx"])
+    ]
+    waits = compiled.asm["ptx"].find("griddepcontrol.wait")
     multiplied = re.findall(r"wgmma\.mma_async[^;]*;", compiled.asm["ptx"])
     return Machine(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
@@ -98,6 +106,7 @@ def _compile(request: Request) -> Machine:
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         wgmma=len(multiplied),
         wgmma_from_registers=sum(bool(re.search(r"\}\s*,\s*\{", text)) for text in multiplied),
+        touched_before_waiting=waits < 0 or min(touches) < waits,
         loops=[_count(lines) for lines in _innermost_loops(code.splitlines())],
     )
 

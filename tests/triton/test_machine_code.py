@@ -36,7 +36,7 @@ def tile_of(capability: int, rows: int) -> Tile:
     return tile_for(6144, 4096, rows, (capability // 10, capability % 10))
 
 
-def linear(tile: Tile, capability: int, half: str, *, one_row: bool = False) -> Request:
+def linear(tile: Tile, capability: int, half: str, *, one_row: bool = False, early: bool = False) -> Request:
     """With bias, splits and jobs: all that it can hold at once."""
     pointers = dict.fromkeys(
         ("y", "x", "bias", "a", "v", "b"), {"bfloat16": "*bf16", "float16": "*fp16"}[half]
@@ -64,7 +64,7 @@ def linear(tile: Tile, capability: int, half: str, *, one_row: bool = False) -> 
         "STEP": lora.STEP,
         "EVEN": True,
         "ONE_ROW": one_row,
-        "EARLY": False,
+        "EARLY": early,
     }
     return Request("kernels.nf4:_linear_kernel", pointers | numbers, constants, tile.warps, 3, capability)
 
@@ -86,6 +86,7 @@ def compiled() -> Compiled:
                 tile_of(capability, rows), capability, "bfloat16"
             )
     requests["half"] = linear(tile_of(80, 16), 80, "float16")
+    requests["early"] = linear(tile_of(90, 16), 90, "bfloat16", early=True)
     requests["one row"] = linear(tile_of(90, 16), 90, "bfloat16", one_row=True)
     for lookup in MOST_BY_LOOKUP:
         requests[lookup] = linear(replace(tile_of(90, 16), lookup=lookup), 90, "bfloat16")
@@ -107,6 +108,11 @@ def per_weight(machine: Machine, tile: Tile) -> float:
 def test_instructions_per_weight(compiled, capability, rows):
     machine = compiled.machines[f"linear {capability} {rows}"]
     assert per_weight(machine, tile_of(capability, rows)) <= MOST_PER_WEIGHT[capability, rows]
+
+
+def test_launched_early_it_waits_before_it_touches_memory(compiled):
+    assert not compiled.machines["early"].touched_before_waiting
+    assert compiled.machines["linear 90 16"].touched_before_waiting, "it never waits"
 
 
 def test_one_row_goes_through_the_first_cache(compiled):

@@ -3,7 +3,7 @@
 Bounds are what Triton 3.6 gave, and a little.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -67,6 +67,12 @@ def norm(capability: int) -> Request:
     return Request("kernels.rows:_rms_norm_kernel", arguments, constants, 4, 3, capability)
 
 
+def gate(capability: int) -> Request:
+    arguments = dict.fromkeys(("y", "x", "up"), "*bf16") | {"x_stride": "i32:16", "up_stride": "i32:16"}
+    constants = {"WIDTH": 14336, "ROOM": 1024, "KIND": "silu", "EARLY": False}
+    return Request("kernels.rows:_gate_kernel", arguments, constants, 4, 3, capability)
+
+
 def heads(capability: int, q_heads: int = 32, kv_heads: int = 8) -> Request:
     """Of a rotation and write; without queries of a write alone, without keys of a rotation alone."""
     absent = (() if q_heads else ("y", "q", "cos", "sin")) + (
@@ -97,9 +103,29 @@ def compiled() -> Compiled:
             requests["expand", height, chip] = expand(height, chip)
     for case in ATTENTIONS:
         requests["attention", *case] = attention(*case)
-    requests["norm", 90], requests["heads", 90] = norm(90), heads(90)
+    requests["norm", 90], requests["gate", 90], requests["heads", 90] = norm(90), gate(90), heads(90)
     requests["write", 90], requests["rotate", 90] = heads(90, q_heads=0), heads(90, kv_heads=0)
+    for name in list(requests):
+        if name[-1] == 90 and name[0] != "early":
+            constants = requests[name].constants | {"EARLY": True}
+            requests["early", *name] = replace(requests[name], constants=constants)
     return Compiled(requests, dict(zip(requests, machine_code(list(requests.values())), strict=True)))
+
+
+def test_launched_early_they_wait_before_they_touch_memory(compiled):
+    early = {name for name in compiled.machines if name[0] == "early"}
+    assert {name[1] for name in early} == {
+        "shrink",
+        "expand",
+        "attention",
+        "norm",
+        "gate",
+        "heads",
+        "write",
+        "rotate",
+    }
+    for name, machine in compiled.machines.items():
+        assert machine.touched_before_waiting == (name not in early), name
 
 
 def test_nothing_spills_and_no_product_is_unsafe(compiled):
@@ -107,7 +133,8 @@ def test_nothing_spills_and_no_product_is_unsafe(compiled):
         assert machine.spills == 0, name
         assert machine.wgmma_from_registers == 0, name
         assert machine.shared <= SMALLEST_SHARED, name
-        assert (machine.wgmma > 0) == (name[0] in ("shrink", "expand") and name[1:] == (64, 90)), name
+        high = name[-2:] == (64, 90) and name[-3] in ("shrink", "expand")
+        assert (machine.wgmma > 0) == high, name
 
 
 @pytest.mark.parametrize("chip", CHIPS)
