@@ -47,8 +47,9 @@ class PageCopy:
         if delta is not None and rows:
             a[:rows].copy_(delta.a[self.first : self.first + rows])
             b[:rows].copy_(delta.b[self.first : self.first + rows])
-        a[rows:].zero_()
-        b[rows:].zero_()
+        if rows < PAGE_RANK:
+            a[rows:].zero_()
+            b[rows:].zero_()
         into.scale[at, member] = delta.scale if delta is not None and rows else 0.0
 
 
