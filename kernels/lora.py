@@ -28,7 +28,7 @@ _FILL = 512  # programs that keep a large GPU busy
 _MOST_PROGRAMS = 2048
 STEP = 128  # inputs that one turn of shrink's loop reads
 _STAGES = {16: 6, 64: 3}  # turns in flight, by rows of a tile
-JOBS = tl.constexpr(4)  # of one turn of expand's loop, which waits for memory once for all of them
+_EXPAND_JOBS = 4  # of one turn of its loop, which waits for memory once for all of them
 _EXPAND_STAGES = 5  # of which half pass while a job's numbers are fetched: its page is read two turns ahead
 
 
@@ -278,6 +278,7 @@ def add_jobs(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     PURE: tl.constexpr,  # whether all widths are multiples of WIDTH: no tile holds columns of two members
+    JOBS: tl.constexpr,  # of a turn
     STAGES: tl.constexpr = 3,
 ) -> tl.tensor:  # [HEIGHT, WIDTH] float32
     """`acc + v @ b` of every job that has rows in the tile: one page of an adapter is sixteen more inputs.
@@ -342,6 +343,7 @@ def _expand_kernel(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     PURE: tl.constexpr,
+    JOBS: tl.constexpr,
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
@@ -368,6 +370,7 @@ def _expand_kernel(
         HEIGHT,
         WIDTH,
         PURE,
+        JOBS,
         STAGES,
     )
     row = first_row + tl.arange(0, HEIGHT)
@@ -413,6 +416,7 @@ def expand(
         HEIGHT=height,
         WIDTH=width,
         PURE=deltas.pure(width),
+        JOBS=_EXPAND_JOBS,
         STAGES=_EXPAND_STAGES,
         num_warps=4,
         **portable.early(y),

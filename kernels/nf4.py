@@ -128,6 +128,7 @@ def launch(
         BLOCKS=tile.blocks,
         SPLITS=tile.splits,
         STAGES=tile.stages,
+        JOBS=tile.jobs,
         ORDER=tile.order,
         ASSEMBLY=assembly(tile.lookup, half) if half else None,
         CONSTRAINTS=CONSTRAINTS,
@@ -180,6 +181,7 @@ def _linear_kernel(
     BLOCKS: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    JOBS: tl.constexpr,
     ORDER: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     CONSTRAINTS: tl.constexpr,
@@ -232,7 +234,8 @@ def _linear_kernel(
     if plan is not None:
         ready = counters if a is not None else None
         acc = add_jobs(
-            acc, v, b, plan, first_row, first_column, lane, LANES, ready, granules, hidden, STARTS, ROWS, COLUMNS, PURE
+            acc, v, b, plan, first_row, first_column, lane, LANES, ready, granules, hidden,
+            STARTS, ROWS, COLUMNS, PURE, JOBS,
         )  # fmt: skip
     if SPLITS > 1:
         tile = column_tile * row_tiles + row_tile

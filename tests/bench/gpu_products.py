@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -21,15 +22,37 @@ from tests.bench.random_llama import Shape
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def joined_shapes(shape: Shape) -> dict[str, tuple[int, int]]:
-    """(in, out) of the products of a layer, siblings joined."""
-    widths = shape.widths
-    return {
-        "qkv": (shape.hidden, sum(widths[name][1] for name in ("q_proj", "k_proj", "v_proj"))),
-        "o": widths["o_proj"],
-        "gate_up": (shape.hidden, 2 * shape.intermediate),
-        "down": widths["down_proj"],
+@dataclass(frozen=True)
+class Product:
+    """One of a layer: siblings joined, `members` their widths."""
+
+    name: str
+    width: int
+    members: tuple[int, ...]
+
+    @property
+    def out(self) -> int:
+        return sum(self.members)
+
+
+def products(shape: Shape) -> list[Product]:
+    """Those of a layer."""
+    groups = {
+        "qkv": ("q_proj", "k_proj", "v_proj"),
+        "o": ("o_proj",),
+        "gate_up": ("gate_proj", "up_proj"),
+        "down": ("down_proj",),
     }
+    widths = shape.widths
+    return [
+        Product(name, widths[members[0]][0], tuple(widths[member][1] for member in members))
+        for name, members in groups.items()
+    ]
+
+
+def joined_shapes(shape: Shape) -> dict[str, tuple[int, int]]:
+    """(in, out) of the products of a layer."""
+    return {product.name: (product.width, product.out) for product in products(shape)}
 
 
 @torch.inference_mode()

@@ -1,6 +1,9 @@
 """The GPU's benchmark from its first line to its last, on tiny shapes under the interpreter: it must not rot unseen."""
 
-from tests.bench import gpu
+import torch
+
+from tests.bench import gpu, gpu_delta_tiles
+from tests.bench.gpu_model import TINY
 
 
 def test_a_dry_run_goes_through_every_part(capsys):
@@ -27,3 +30,12 @@ def test_a_dry_run_goes_through_every_part(capsys):
 def test_without_a_gpu_it_says_so_and_fails(capsys):
     assert gpu.main([]) == 1
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_products_with_adapters_are_timed_for_every_tile(monkeypatch):
+    every = gpu_delta_tiles.candidates
+    monkeypatch.setattr(gpu_delta_tiles, "candidates", lambda *given: every(*given)[:3])
+    found = list(gpu_delta_tiles.timed(TINY, 2, (0, 2), torch.device("cpu")))
+    assert len(found) == 4 * 3 * 2
+    assert len({tile for _, tile, _, _ in found}) > 3
+    assert all(seconds > 0 for *_, seconds in found)

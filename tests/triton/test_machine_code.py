@@ -51,6 +51,7 @@ def linear(tile: Tile, capability: int, half: str, *, one_row: bool = False, ear
         "BLOCKS": tile.blocks,
         "SPLITS": tile.splits,
         "STAGES": tile.stages,
+        "JOBS": tile.jobs,
         "ORDER": tile.order,
         "ASSEMBLY": assembly(tile.lookup, half),
         "CONSTRAINTS": CONSTRAINTS,
@@ -146,7 +147,7 @@ def test_a_job_costs_little(compiled, capability, rows):
         loop for loop in machine.loops if {"HMMA", "HGMMA"} & loop.keys() and "SHFL" not in loop
     )
     assert len(shuffling) == 1
-    assert sum(jobs.values()) / lora.JOBS.value <= MOST_PER_JOB[capability, rows]
+    assert sum(jobs.values()) / tile_of(capability, rows).jobs <= MOST_PER_JOB[capability, rows]
     assert sum(shrinking.values()) <= MOST_OF_SHRINK
 
 

@@ -19,6 +19,7 @@ TILES = {
     "one pass": Tile(16, 32, 1, 4, 2, "split"),
     "two blocks a turn": Tile(16, 64, 2, 4, 3, "split"),
     "split in 4": Tile(16, 32, 1, 4, 4, "split", splits=4),
+    "a page a turn": Tile(16, 32, 1, 4, 2, "split", jobs=1),
     "joined": Tile(64, 32, 1, 4, 3, "join", splits=2),
     "more splits than blocks": Tile(16, 64, 1, 4, 2, "join", splits=8),
 }

@@ -43,7 +43,13 @@ def expand(height: int, capability: int) -> Request:
     arguments = {"y": "*bf16", "v": "*bf16", "b": "*bf16", "plan": "*i32"}
     arguments |= {"granules": "i32", "v_width": "i32:16"}
     constants = {"STARTS": [0, 4096, 5120, 6144], "HEIGHT": height}
-    constants |= {"WIDTH": 128, "PURE": True, "STAGES": lora._EXPAND_STAGES, "EARLY": False}
+    constants |= {
+        "WIDTH": 128,
+        "PURE": True,
+        "JOBS": lora._EXPAND_JOBS,
+        "STAGES": lora._EXPAND_STAGES,
+        "EARLY": False,
+    }
     return Request("kernels.lora:_expand_kernel", arguments, constants, 4, 3, capability)
 
 
@@ -149,7 +155,7 @@ def test_factors_are_read_ahead(compiled, height, chip):
     jobs = [loop for loop in compiled.machines["expand", height, chip].loops if "LDGSTS" in loop]
     assert len(jobs) == 1
     assert "LDG" not in jobs[0]
-    assert sum(jobs[0].values()) / lora.JOBS.value <= 95
+    assert sum(jobs[0].values()) / lora._EXPAND_JOBS <= 95
 
 
 @pytest.mark.parametrize(("width", "tile", "chip"), ATTENTIONS)
