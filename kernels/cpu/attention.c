@@ -195,13 +195,6 @@ EXPORT int32_t loraplex_attention(
     return 0;
 }
 
-static uint16_t to_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40); /* NaN stays one */
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 /* `cache[kv_index[row]] = rows[row]`, rounded to the cache's numbers. */
 static void write_rows(
     void *cache, const float *from, int64_t row_stride, int64_t head_stride, const int64_t *kv_index, int64_t rows,

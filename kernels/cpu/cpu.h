@@ -1,4 +1,4 @@
-/* What every source here begins with: how a function is exported, and the instruction sets a kernel is built for. */
+/* What every source here begins with: how a function is exported, the instruction sets a kernel is built for, bfloat16. */
 #ifndef LORAPLEX_CPU_H
 #define LORAPLEX_CPU_H
 
@@ -26,5 +26,13 @@
 #elif !defined(LOOKS_UP_ASIDE)
 #define LOOKS_UP_ASIDE 0
 #endif
+
+/* To the nearest bfloat16, ties to even. */
+static inline uint16_t to_bf16(float value) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40); /* NaN stays one */
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 
 #endif

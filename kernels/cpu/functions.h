@@ -7,7 +7,7 @@
 typedef int32_t linear_fn(int32_t isa, int32_t threads, const float *x, const uint8_t *packed, const float *bias, float *y,
                           int64_t rows, int64_t n, int64_t k);
 EXPORT linear_fn loraplex_nf4_linear, loraplex_int8_linear, loraplex_bf16_linear, loraplex_f32_linear,
-    loraplex_pairs_linear;
+    loraplex_bf16_dot_linear;
 
 EXPORT int32_t loraplex_add_deltas(
     int32_t isa, int32_t threads, float *y, const float *x, const void *a, const void *b, const float *scale,

@@ -12,7 +12,7 @@
 
 static linear_fn *const PRODUCTS[] = {
     loraplex_nf4_linear, loraplex_int8_linear, loraplex_bf16_linear, loraplex_f32_linear,
-    loraplex_pairs_linear,
+    loraplex_bf16_dot_linear,
 };
 
 static int32_t product(

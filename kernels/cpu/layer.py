@@ -16,7 +16,7 @@ from kernels.cpu.library import Library
 from kernels.cpu.operations import ACTIVATIONS, Activation, Deltas, Kind, PackedWeight, run
 from kernels.segments import FlatSegments, Spans
 
-_KINDS: tuple[Kind, ...] = ("nf4", "int8", "bf16", "f32", "pairs")  # in the order of layer.c's products
+_KINDS: tuple[Kind, ...] = ("nf4", "int8", "bf16", "f32", "bf16_dot")  # in the order of layer.c's products
 
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:

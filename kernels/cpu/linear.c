@@ -40,7 +40,7 @@ static const uint8_t INT8_VALUES[16] = {1, 40, 61, 78, 92, 105, 116, 128, 138, 1
 #include "tile_body.h"
 #include "nf4_body.h"
 #include "dense_body.h"
-#include "pairs_body.h"
+#include "bf16_dot_body.h"
 #include "int8_body.h"
 #include "vector_end.h"
 #if defined(__x86_64__)
@@ -50,7 +50,7 @@ static const uint8_t INT8_VALUES[16] = {1, 40, 61, 78, 92, 105, 116, 128, 138, 1
 #include "tile_body.h"
 #include "nf4_body.h"
 #include "dense_body.h"
-#include "pairs_body.h"
+#include "bf16_dot_body.h"
 #include "int8_body.h"
 #include "vector_end.h"
 #define ISA ISA_AVX512
@@ -59,7 +59,7 @@ static const uint8_t INT8_VALUES[16] = {1, 40, 61, 78, 92, 105, 116, 128, 138, 1
 #include "tile_body.h"
 #include "nf4_body.h"
 #include "dense_body.h"
-#include "pairs_body.h"
+#include "bf16_dot_body.h"
 #include "int8_body.h"
 #include "vector_end.h"
 #endif
@@ -78,7 +78,7 @@ static const pair_fn nf4_pairs[] = {NULL, NULL, NULL};
 #endif
 static const strip_fn bf16_strips[] = ISA_TABLE(bf16_strip);
 static const strip_fn f32_strips[] = ISA_TABLE(f32_strip);
-static const strip_fn pairs_strips[] = ISA_TABLE(pairs_strip); /* the widest needs AVX512_BF16: see loraplex_has_pairs */
+static const strip_fn bf16_dot_strips[] = ISA_TABLE(bf16_dot_strip); /* the widest needs AVX512_BF16: see loraplex_has_bf16_dot */
 static const strip_fn int8_strips[] = ISA_TABLE(int8_strip); /* the wide ones need VNNI: see loraplex_has_int8 */
 
 static int64_t strips_of(int64_t n) { return (n + STRIP - 1) / STRIP; }
@@ -130,43 +130,39 @@ EXPORT int32_t loraplex_pack_int8(int32_t isa, int32_t threads, const uint8_t *c
     return 0;
 }
 
-/* [n, k] to [strips, blocks, BLOCK, STRIP], for elements of one size; zeros past the matrix. */
-#define PACK_PLAIN(weight, packed, n, k, threads) \
+/* [n, k] to [strips, blocks, BLOCK * STRIP], for elements of one size, a block's where AT(column, row) says; zeros past
+ * the matrix. */
+#define PACK_PLAIN(weight, packed, n, k, threads, AT) \
     _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t s = 0; s < strips_of(n); s++) \
         for (int64_t b = 0; b < blocks_of(k); b++) \
             for (int64_t r = 0; r < STRIP; r++) \
                 for (int64_t i = 0; i < BLOCK; i++) { \
                     const int64_t row = s * STRIP + r, column = b * BLOCK + i; \
-                    packed[((s * blocks_of(k) + b) * BLOCK + i) * STRIP + r] = \
+                    packed[(s * blocks_of(k) + b) * (BLOCK * STRIP) + AT(i, r)] = \
                         row < n && column < k ? weight[row * k + column] : 0; \
                 }
+#define BY_COLUMN(i, r) ((i) * STRIP + (r))
+#define BY_PAIR(i, r) (BY_COLUMN((i) / 2, r) * 2 + (i) % 2)
 
 /* weight: [n, k] bfloat16. packed: [strips, blocks, BF16_BYTES]. */
 EXPORT int32_t loraplex_pack_bf16(int32_t isa, int32_t threads, const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k) {
     (void)isa;
-    PACK_PLAIN(weight, packed, n, k, threads)
+    PACK_PLAIN(weight, packed, n, k, threads, BY_COLUMN)
     return 0;
 }
 
-/* The same in pairs of columns: [strips, blocks, BLOCK / 2, STRIP, 2]. */
-EXPORT int32_t loraplex_pack_pairs(int32_t isa, int32_t threads, const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k) {
+/* The same, a block in pairs of columns. */
+EXPORT int32_t loraplex_pack_bf16_dot(int32_t isa, int32_t threads, const uint16_t *weight, uint16_t *packed, int64_t n,
+                                      int64_t k) {
     (void)isa;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t s = 0; s < strips_of(n); s++)
-        for (int64_t b = 0; b < blocks_of(k); b++)
-            for (int64_t r = 0; r < STRIP; r++)
-                for (int64_t i = 0; i < BLOCK; i++) {
-                    const int64_t row = s * STRIP + r, column = b * BLOCK + i;
-                    packed[(((s * blocks_of(k) + b) * (BLOCK / 2) + i / 2) * STRIP + r) * 2 + i % 2] =
-                        row < n && column < k ? weight[row * k + column] : 0;
-                }
+    PACK_PLAIN(weight, packed, n, k, threads, BY_PAIR)
     return 0;
 }
 
 /* weight: [n, k] float. packed: [strips, blocks, F32_BYTES]. */
 EXPORT int32_t loraplex_pack_f32(int32_t isa, int32_t threads, const uint32_t *weight, uint32_t *packed, int64_t n, int64_t k) {
     (void)isa;
-    PACK_PLAIN(weight, packed, n, k, threads)
+    PACK_PLAIN(weight, packed, n, k, threads, BY_COLUMN)
     return 0;
 }
 
@@ -183,18 +179,11 @@ static void gather_row(const float *x, int64_t row, int64_t rows, int64_t k, voi
     }
 }
 
-/* To the nearest bfloat16, ties to even; what is no number stays none. */
-static uint16_t halved(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return value != value ? bits >> 16 | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
 static void halve_row(const float *x, int64_t row, int64_t rows, int64_t k, void *out) {
     for (int64_t b = 0; b < blocks_of(k); b++) {
         const int64_t count = least(BLOCK, k - b * BLOCK);
         uint16_t *to = (uint16_t *)out + (b * rows + row) * BLOCK;
-        for (int64_t i = 0; i < count; i++) to[i] = halved(x[row * k + b * BLOCK + i]);
+        for (int64_t i = 0; i < count; i++) to[i] = to_bf16(x[row * k + b * BLOCK + i]);
         memset(to + count, 0, (BLOCK - count) * sizeof *to);
     }
 }
@@ -284,7 +273,7 @@ static int32_t multiply(kernel kernel, int32_t threads, const float *x, const ui
 DEFINE_LINEAR(nf4, nf4_pairs[isa], gather_row, BLOCK * sizeof(float), NF4_BYTES) /* k a multiple of 64 */
 DEFINE_LINEAR(int8, NULL, round_rows[isa], sizeof(int8_row), NF4_BYTES)          /* k a multiple of 64 */
 DEFINE_LINEAR(bf16, NULL, gather_row, BLOCK * sizeof(float), BF16_BYTES)
-DEFINE_LINEAR(pairs, NULL, halve_row, BLOCK * sizeof(uint16_t), BF16_BYTES)
+DEFINE_LINEAR(bf16_dot, NULL, halve_row, BLOCK * sizeof(uint16_t), BF16_BYTES)
 DEFINE_LINEAR(f32, NULL, gather_row, BLOCK * sizeof(float), F32_BYTES)
 
 /* Whether this instruction set has a dot product of bytes here: 1, or 0. The portable one serves tests, at no speed. */
@@ -302,7 +291,7 @@ EXPORT int32_t loraplex_has_int8(int32_t isa, int32_t threads) {
 }
 
 /* Whether this instruction set has a dot product of pairs of bfloat16 here: 1, or 0. The others serve tests. */
-EXPORT int32_t loraplex_has_pairs(int32_t isa, int32_t threads) {
+EXPORT int32_t loraplex_has_bf16_dot(int32_t isa, int32_t threads) {
     (void)threads;
 #if defined(__x86_64__)
     return isa == ISA_AVX512 && __builtin_cpu_supports("avx512bf16") != 0;

@@ -17,14 +17,14 @@ from kernels.cpu.library import Library
 from kernels.segments import FlatSegments, Spans
 
 STRIP, BLOCK = 64, 64  # rows and columns that packed weights come in: packed.h
-# int8: NF4 codes that are multiplied in 8-bit integers; pairs: bfloat16, by rows rounded to it
-Kind = Literal["nf4", "int8", "bf16", "f32", "pairs"]
+# int8: NF4 codes that are multiplied in 8-bit integers; bf16_dot: bfloat16, by rows rounded to it
+Kind = Literal["nf4", "int8", "bf16", "f32", "bf16_dot"]
 _BLOCK_BYTES: dict[Kind, int] = {
     "nf4": STRIP * BLOCK // 2 + STRIP * 4,
     "int8": STRIP * BLOCK // 2 + STRIP * 4,
     "bf16": STRIP * BLOCK * 2,
     "f32": STRIP * BLOCK * 4,
-    "pairs": STRIP * BLOCK * 2,
+    "bf16_dot": STRIP * BLOCK * 2,
 }
 _LARGE_PAGE = 2 << 20
 _PAGE_RANK = 16  # rank rows of an adapter's page: lora.c
@@ -89,7 +89,7 @@ def pack_plain(
     halves = weight.bfloat16()
     kind: Kind = "f32"
     if torch.equal(halves.to(weight.dtype), weight):
-        kind = "pairs" if library.math == "int8" and run(library, "has_pairs") else "bf16"
+        kind = "bf16_dot" if library.math == "int8" and run(library, "has_bf16_dot") else "bf16"
     weight = (weight if kind == "f32" else halves).contiguous()
     packed = PackedWeight.empty(library, kind, (weight.shape[0], weight.shape[1]))
     run(library, f"pack_{kind}", weight.data_ptr(), packed.data.data_ptr(), *packed.shape)
@@ -104,8 +104,8 @@ def linear(
 ) -> Tensor:  # [rows, out]
     """`y = x @ weight.T + bias`; a row's bits do not depend on the rows beside it.
 
-    Summed in float32; for a weight of kind int8 as `reference.nf4_int8_linear` has it, of kind pairs with x rounded to
-    bfloat16.
+    Summed in float32; for a weight of kind int8 as `reference.nf4_int8_linear` has it, of kind bf16_dot with x rounded
+    to bfloat16.
     """
     rows = x.float().contiguous()
     out, inside = weight.shape

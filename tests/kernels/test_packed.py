@@ -54,13 +54,13 @@ def f32(library, shape):
     return packed, weight
 
 
-def pairs(library, shape):
+def bf16_dot(library, shape):
     """By their own name: only what is fast here is chosen by itself."""
-    if library.instruction_set == "avx512" and not operations.run(library, "has_pairs"):
+    if library.instruction_set == "avx512" and not operations.run(library, "has_bf16_dot"):
         pytest.skip("this processor has no AVX512_BF16")
     weight = torch.randn(shape).bfloat16()
-    packed = operations.PackedWeight.empty(library, "pairs", shape)
-    operations.run(library, "pack_pairs", weight.data_ptr(), packed.data.data_ptr(), *shape)
+    packed = operations.PackedWeight.empty(library, "bf16_dot", shape)
+    operations.run(library, "pack_bf16_dot", weight.data_ptr(), packed.data.data_ptr(), *shape)
     return packed, weight.float()
 
 
@@ -84,7 +84,7 @@ def test_the_product(library, pack, shape):
 
 @pytest.mark.parametrize("shape", [*SHAPES, (40, 1), (40, 63), (40, 100)])
 def test_the_product_with_rows_rounded_to_bfloat16(library, shape):
-    packed, weight = pairs(library, shape)
+    packed, weight = bf16_dot(library, shape)
     bias = torch.randn(shape[0])
     for rows in ROWS:
         x = torch.randn(rows, shape[1])
@@ -98,11 +98,11 @@ def test_the_product_with_rows_rounded_to_bfloat16(library, shape):
 
 
 def test_plain_weights_are_in_pairs_where_int8_has_a_dot_product_for_them(bytes_library):
-    there = operations.run(bytes_library, "has_pairs")
+    there = operations.run(bytes_library, "has_bf16_dot")
     if bytes_library.instruction_set != "avx512":
         assert not there
     packed = operations.pack_plain(bytes_library, torch.randn(40, 64).bfloat16())
-    assert packed.kind == ("pairs" if there else "bf16")
+    assert packed.kind == ("bf16_dot" if there else "bf16")
     assert operations.pack_plain(bytes_library, torch.randn(40, 64)).kind == "f32"
 
 
@@ -115,7 +115,7 @@ def test_plain_weights_may_have_any_width(library, pack, inside):
     assert_near(operations.linear(library, x[:1], packed, None), x[:1], weight, None)
 
 
-@pytest.mark.parametrize("pack", [nf4, bf16, f32, pairs])
+@pytest.mark.parametrize("pack", [nf4, bf16, f32, bf16_dot])
 @pytest.mark.parametrize("shape", [(95, 320), (256, 512)])
 @pytest.mark.usefixtures("two_threads")
 def test_a_rows_bits_are_its_own(library, pack, shape):

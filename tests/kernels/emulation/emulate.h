@@ -61,6 +61,6 @@ static inline simde__m512 emulated_floats(simde__m512i a) {
 /* What the processor has is not asked: processor.c answers in its place. */
 #define loraplex_best_isa processors_best_isa
 #define loraplex_has_int8 processors_has_int8
-#define loraplex_has_pairs processors_has_pairs
+#define loraplex_has_bf16_dot processors_has_bf16_dot
 
 #endif

@@ -8,7 +8,7 @@ EXPORT int32_t loraplex_has_int8(int32_t isa, int32_t threads) {
     return 1;
 }
 
-EXPORT int32_t loraplex_has_pairs(int32_t isa, int32_t threads) {
+EXPORT int32_t loraplex_has_bf16_dot(int32_t isa, int32_t threads) {
     (void)threads;
     return isa == ISA_AVX512;
 }

@@ -5,11 +5,11 @@
 
 int32_t loraplex_ask_large_pages(int32_t isa, int32_t threads, char *memory, int64_t bytes);
 int32_t loraplex_has_int8(int32_t isa, int32_t threads);
-int32_t loraplex_has_pairs(int32_t isa, int32_t threads);
+int32_t loraplex_has_bf16_dot(int32_t isa, int32_t threads);
 int32_t loraplex_pack_nf4(int32_t, int32_t, const uint8_t *, const float *, uint8_t *, int64_t n, int64_t k);
 int32_t loraplex_pack_int8(int32_t, int32_t, const uint8_t *, const float *, uint8_t *, int64_t n, int64_t k);
 int32_t loraplex_pack_bf16(int32_t, int32_t, const uint16_t *, uint16_t *, int64_t n, int64_t k);
-int32_t loraplex_pack_pairs(int32_t, int32_t, const uint16_t *, uint16_t *, int64_t n, int64_t k);
+int32_t loraplex_pack_bf16_dot(int32_t, int32_t, const uint16_t *, uint16_t *, int64_t n, int64_t k);
 int32_t loraplex_pack_f32(int32_t, int32_t, const uint32_t *, uint32_t *, int64_t n, int64_t k);
 
 static int64_t blocks_of_matrix(int64_t n, int64_t k) { return (n + STRIP - 1) / STRIP * ((k + BLOCK - 1) / BLOCK); }
@@ -58,10 +58,10 @@ static void plain_case(int32_t isa, int64_t rows, int64_t n, int64_t k) {
     loraplex_pack_bf16(isa, 2, halves, (uint16_t *)packed, n, k);
     loraplex_bf16_linear(isa, 2, x, packed, NULL, y, rows, n, k);
     expect_product("bf16", y, x, w, NULL, rows, n, k, 1e-5);
-    if (isa != ISA_AVX512 || loraplex_has_pairs(isa, 2)) {
-        loraplex_pack_pairs(isa, 2, halves, (uint16_t *)packed, n, k);
-        loraplex_pairs_linear(isa, 2, x, packed, NULL, y, rows, n, k);
-        expect_product("pairs", y, x, w, NULL, rows, n, k, 1e-2);
+    if (isa != ISA_AVX512 || loraplex_has_bf16_dot(isa, 2)) {
+        loraplex_pack_bf16_dot(isa, 2, halves, (uint16_t *)packed, n, k);
+        loraplex_bf16_dot_linear(isa, 2, x, packed, NULL, y, rows, n, k);
+        expect_product("bf16_dot", y, x, w, NULL, rows, n, k, 1e-2);
     }
     free(w), free(x), free(y), free(halves), free(packed);
 }

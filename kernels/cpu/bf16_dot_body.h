@@ -5,17 +5,17 @@
  * is [BLOCK / 2][STRIP] pairs. Included after tile_body.h. */
 
 #if ISA == ISA_AVX512 && !defined(LORAPLEX_EMULATE_H)
-#define PAIRS_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")))
-#define add_pairs(sum, w, x) _mm512_dpbf16_ps(sum, (__m512bh)(w), (__m512bh)(x))
+#define DOT_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")))
+#define add_pair(sum, w, x) _mm512_dpbf16_ps(sum, (__m512bh)(w), (__m512bh)(x))
 #else
-#define PAIRS_TARGET TARGET
-#define add_pairs(sum, w, x) \
+#define DOT_TARGET TARGET
+#define add_pair(sum, w, x) \
     vfma((VEC)((w) & HIGH_HALVES), (VEC)((x) & HIGH_HALVES), vfma((VEC)((w) << 16), (VEC)((x) << 16), sum))
 #endif
 #define HIGH_HALVES ((BITS){0} + (int32_t)0xffff0000)
 
-#define DEFINE_PAIRS_TILE(KIND, ROWS, WIDE) \
-    static inline PAIRS_TARGET void NAME(KIND##_tile_##ROWS)(const int32_t *x, const void *w, const float *unused_scale, float *y, int64_t ask) { \
+#define DEFINE_DOT_TILE(KIND, ROWS, WIDE) \
+    static inline DOT_TARGET void NAME(KIND##_tile_##ROWS)(const int32_t *x, const void *w, const float *unused_scale, float *y, int64_t ask) { \
         (void)unused_scale; \
         for (int first = 0; first < VECTORS; first += WIDE, y += WIDE * LANES, ask = 0) { \
             VEC sums[ROWS][WIDE]; \
@@ -30,7 +30,7 @@
                     _Pragma("GCC unroll 12") for (int r = 0; r < ROWS; r++) { \
                         const BITS values = (BITS){0} + x[r * (BLOCK / 2) + 4 * g + i]; \
                         _Pragma("GCC unroll 8") for (int v = 0; v < WIDE; v++) \
-                            sums[r][v] = add_pairs(sums[r][v], weights[v], values); \
+                            sums[r][v] = add_pair(sums[r][v], weights[v], values); \
                     } \
                 } \
             } \
@@ -38,16 +38,16 @@
                 _Pragma("GCC unroll 8") for (int v = 0; v < WIDE; v++) vstore(y + r * STRIP + v * LANES, sums[r][v]); \
         } \
     }
-TILES(DEFINE_PAIRS_TILE, pairs)
-DEFINE_ROWS(pairs, PAIRS_TARGET, int32_t, BLOCK / 2, TILES, TILE_ROWS)
+TILES(DEFINE_DOT_TILE, bf16_dot)
+DEFINE_ROWS(bf16_dot, DOT_TARGET, int32_t, BLOCK / 2, TILES, TILE_ROWS)
 
-static PAIRS_TARGET void NAME(pairs_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
-                                           float *y) {
+static DOT_TARGET void NAME(bf16_dot_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
+                                            float *y) {
     for (int64_t b = 0; b < blocks; b++)
-        NAME(pairs_block)(rows, (const int32_t *)x + b * all_rows * (BLOCK / 2), strip + b * BF16_BYTES, NULL, y, BF16_BYTES / 8);
+        NAME(bf16_dot_block)(rows, (const int32_t *)x + b * all_rows * (BLOCK / 2), strip + b * BF16_BYTES, NULL, y, BF16_BYTES / 8);
 }
 
-#undef PAIRS_TARGET
+#undef DOT_TARGET
 #undef HIGH_HALVES
-#undef add_pairs
-#undef DEFINE_PAIRS_TILE
+#undef add_pair
+#undef DEFINE_DOT_TILE
