@@ -36,9 +36,9 @@ class Appraiser:
         return read_adapter(folder, generation, self.layout, self.dtype, self.max_rank, self.keep)
 
     def validate(self, folder: Path, generation: str) -> Facts:
-        """Facts of an adapter of which every value was looked at; AdapterError if it cannot be served."""
-        given = self.layout, self.dtype, self.max_rank
-        return self._facts(folder, scan_adapter(folder, generation, *given, mapped))  # nothing is kept
+        """Facts of an adapter of which every value was looked at and none kept; AdapterError if it cannot be served."""
+        outline = scan_adapter(folder, generation, self.layout, self.dtype, self.max_rank, mapped)
+        return self._facts(folder, outline)
 
     def inspect(self, folder: Path, generation: str) -> Facts:
         """Facts by the header and the config alone; what is wrong is among them."""

@@ -222,11 +222,11 @@ def shrink(
     Programs go from sum to sum, so that a bucket with room for many tiles costs little when few are in use. `fixed`
     wants a plan made `fixed` too: a row's bits are then its own.
     """
-    plan, members = deltas.plan, len(deltas.widths)
+    plan = deltas.plan
     assert not fixed or plan.tile_rows == 16
     v, inside = deltas.room(x), x.shape[1]
-    split = deltas.chunks > 1 and (plan.rows <= plans.FEW_ROWS or plan.tiles * members < _FILL)
-    sums = deltas.sums if split else plan.tiles * members
+    split = deltas.chunks > 1 and (plan.rows <= plans.FEW_ROWS or deltas.members_of_tiles < _FILL)
+    sums = deltas.sums if split else deltas.members_of_tiles
     _shrink_kernel[(min(sums, _MOST_PROGRAMS),)](
         x,
         deltas.a,
@@ -234,12 +234,12 @@ def shrink(
         v,
         plan.buffer,
         workspace.planes(deltas.chunks * v.numel() if split else 0),
-        workspace.counters(plan.tiles * members if split else 0),
+        workspace.counters(deltas.members_of_tiles if split else 0),
         v.numel(),
         inside,
         granules=deltas.granules,
         v_width=plan.hidden,
-        MEMBERS=members,
+        MEMBERS=len(deltas.widths),
         HEIGHT=plan.tile_rows,
         STEP=STEP,
         CHUNK=CHUNK,
@@ -355,24 +355,9 @@ def _expand_kernel(
         return
     acc = tl.zeros((HEIGHT, WIDTH), tl.float32)
     acc = add_jobs(
-        acc,
-        v,
-        b,
-        plan,
-        first_row,
-        first_column,
-        0,
-        1,
-        None,
-        granules,
-        v_width,
-        STARTS,
-        HEIGHT,
-        WIDTH,
-        PURE,
-        JOBS,
-        STAGES,
-    )
+        acc, v, b, plan, first_row, first_column, 0, 1, None, granules, v_width,
+        STARTS, HEIGHT, WIDTH, PURE, JOBS, STAGES,
+    )  # fmt: skip
     row = first_row + tl.arange(0, HEIGHT)
     adapted = row < 0
     for job in range(first_job, end_job):

@@ -13,16 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import plans
 from kernels.lookup import CONSTRAINTS, Half, assembly
-from kernels.lora import CHUNK, STEP, Deltas, add_jobs, shrink, shrink_tiles
+from kernels.lora import CHUNK, GRANULE, STEP, Deltas, add_jobs, shrink, shrink_tiles
 from kernels.nf4_decode import NF4Weight as NF4Weight
 from kernels.nf4_decode import dequantize_into
 from kernels.portable import dot, early, look_up, narrow, wait_for_earlier
 from kernels.tiles import BUCKETS, CROSSOVER_ROWS, FIXED_ROWS, Tile, processors, tile_for
 from kernels.workspace import Workspace
 
-GRANULE = tl.constexpr(plans.GRANULE)
 _MOST_COUNTED = 1 << 15  # of two numbers in one counter
 SHRINK_STAGES = tl.constexpr(4)  # of shrink's loop here, whose loads fit where those of weights do
 
@@ -90,14 +88,14 @@ def launch(
     planes, counters, programs = 0, 1, 0
     if tile.splits > 1:
         planes, counters = tiles * tile.splits * tile.rows * tile.columns, 1 + tiles
-    shrinks = deltas is not None and v is None
-    if deltas is not None and v is None:
+    shrunk = deltas if v is None else None  # by this launch
+    if shrunk is not None:
         assert (first, end) == (0, len(x))
-        assert deltas.plan.tile_rows == plans.GRANULE
-        assert max(tiles, deltas.members_of_tiles) < _MOST_COUNTED
-        v = deltas.room(x)
-        programs = min(deltas.sums, processors(_capability(x.device)))
-        planes, counters = planes + deltas.chunks * v.numel(), counters + deltas.members_of_tiles
+        assert shrunk.plan.tile_rows == GRANULE.value
+        assert max(tiles, shrunk.members_of_tiles) < _MOST_COUNTED
+        v = shrunk.room(x)
+        programs = min(shrunk.sums, processors(_capability(x.device)))
+        planes, counters = planes + shrunk.chunks * v.numel(), counters + shrunk.members_of_tiles
         grid = (programs + tiles * tile.splits,)
     _linear_kernel[grid](
         y,
@@ -106,8 +104,8 @@ def launch(
         weight.absmax_t,
         weight.code,
         bias,
-        deltas.a if deltas and shrinks else None,
-        deltas.scale if deltas and shrinks else None,
+        shrunk.a if shrunk else None,
+        shrunk.scale if shrunk else None,
         v,
         deltas.b if deltas else None,
         deltas.plan.buffer if deltas else None,
@@ -121,8 +119,8 @@ def launch(
         deltas.granules if deltas else None,
         deltas.plan.hidden if deltas else None,
         deltas.plan.rows if deltas else None,
-        ROW_TILES=row_tiles if shrinks else None,
-        COLUMN_TILES=column_tiles if shrinks else None,
+        ROW_TILES=row_tiles if shrunk else None,
+        COLUMN_TILES=column_tiles if shrunk else None,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         BLOCKS=tile.blocks,
@@ -223,7 +221,6 @@ def _linear_kernel(
     first_column = column_tile * COLUMNS
     row = first_row + tl.arange(0, ROWS)
     column = first_column + tl.arange(0, COLUMNS)
-    lane = split if LANES == SPLITS else split << 20  # beyond all jobs: the first split does them
     acc = _sum_blocks(
         x + tl.minimum(row, end - 1)[:, None] * (row_bytes * 2),
         packed + tl.minimum(column, out - 1)[:, None] * row_bytes,
@@ -232,6 +229,7 @@ def _linear_kernel(
         ROWS, COLUMNS, BLOCKS, SPLITS, STAGES, ORDER, ASSEMBLY, CONSTRAINTS, ONE_ROW,
     )  # fmt: skip
     if plan is not None:
+        lane = split if LANES == SPLITS else split << 20  # beyond all jobs: the first split does them
         ready = counters if a is not None else None
         acc = add_jobs(
             acc, v, b, plan, first_row, first_column, lane, LANES, ready, granules, hidden,

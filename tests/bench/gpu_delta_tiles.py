@@ -13,7 +13,7 @@ import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -75,8 +75,8 @@ class Operands:
         x = torch.randn(rows, width, device=device).bfloat16()
         return cls(product, weights, pages, x, x.new_empty(rows, out), workspace)
 
-    def seconds(self, tile: Tile, adapters: int) -> float:
-        """Of one product with so many different adapters; 0 is the base's."""
+    def walk(self, tile: Tile, adapters: int) -> Callable[[], None]:
+        """One product of each weight with so many different adapters; 0 is the base's."""
         rows, device = len(self.x), self.x.device
         plan = plan_of(rows, adapters, device, False) if adapters else None
 
@@ -89,7 +89,7 @@ class Operands:
             )  # fmt: skip
             return self.y
 
-        return captured(rotating(once, len(self.weights)), device) / len(self.weights)
+        return rotating(once, len(self.weights))
 
 
 def compile_all(rows: int, adapters: int, processes: int, number: int) -> None:
@@ -102,7 +102,8 @@ def compile_all(rows: int, adapters: int, processes: int, number: int) -> None:
                 continue
             operands = operands or Operands.of(product, rows, adapters, 1, device)
             for distinct in {0, adapters}:
-                operands.seconds(tile, distinct)
+                operands.walk(tile, distinct)()
+        torch.cuda.synchronize()
 
 
 @torch.inference_mode()
@@ -115,7 +116,7 @@ def timed(
         operands = Operands.of(product, rows, max(1, *adapters), copies, device)
         wake(device, 0.3)
         for tile, distinct in itertools.product(candidates(product, rows), adapters):
-            yield product.name, tile, distinct, operands.seconds(tile, distinct)
+            yield product.name, tile, distinct, captured(operands.walk(tile, distinct), device) / copies
 
 
 def main() -> None:

@@ -112,7 +112,7 @@ def compiled() -> Compiled:
     requests["norm", 90], requests["gate", 90], requests["heads", 90] = norm(90), gate(90), heads(90)
     requests["write", 90], requests["rotate", 90] = heads(90, q_heads=0), heads(90, kv_heads=0)
     for name in list(requests):
-        if name[-1] == 90 and name[0] != "early":
+        if name[-1] == 90:
             constants = requests[name].constants | {"EARLY": True}
             requests["early", *name] = replace(requests[name], constants=constants)
     return Compiled(requests, dict(zip(requests, machine_code(list(requests.values())), strict=True)))
