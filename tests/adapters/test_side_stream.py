@@ -32,7 +32,9 @@ def make_pool(pages=4):
     return pool
 
 
-def test_pages_are_the_same_as_when_written_at_once(cuda):
+@pytest.mark.parametrize("slot_pages", [1, 3, 100])
+def test_pages_are_the_same_as_when_written_at_once(cuda, monkeypatch, slot_pages):
+    monkeypatch.setattr("adapters.side_stream.SLOT_PAGES", slot_pages)
     adapter = make_adapter(LAYOUT, "g", TARGETS)
     at_once, beside = make_pool(), make_pool()
     at_once.admit(adapter)
@@ -51,7 +53,8 @@ def test_pages_are_the_same_as_when_written_at_once(cuda):
     assert beside.load_seconds.count == 1
 
 
-def test_the_stream_waits_for_what_was_launched_and_a_slot_for_its_last_copy(cuda):
+def test_the_stream_waits_for_what_was_launched_and_a_slot_for_its_last_copy(cuda, monkeypatch):
+    monkeypatch.setattr("adapters.side_stream.SLOT_PAGES", 1)
     pool = make_pool()
     side = SideStream(pool.sites, lambda: None)
     pool.copy = side.copy
