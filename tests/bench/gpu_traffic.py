@@ -43,13 +43,35 @@ _PROMPT = 32  # tokens
 
 
 @dataclass(frozen=True)
-class Disturbance:
-    """The 99th percentile of the time between tokens without and during an upload, in seconds."""
+class Gaps:
+    """The time between two tokens of a stream, in seconds."""
 
-    quiet: float
-    during: float
-    tokens: int  # that came during it
-    seconds: float  # from the upload's first byte until the adapter was on the device
+    tokens: int
+    median: float
+    p99: float  # the 99th percentile
+
+    @classmethod
+    def of(cls, moments: list[list[float]], since: float, until: float) -> Gaps:
+        """Of the tokens that came between two times, by the times of each stream's tokens."""
+        found = [
+            later - earlier
+            for stream in moments
+            for earlier, later in pairwise(stream)
+            if since <= later <= until
+        ]
+        if not found:
+            return cls(0, float("nan"), float("nan"))
+        return cls(len(found), float(np.median(found)), float(np.percentile(found, 99)))
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """What streams saw of an upload."""
+
+    quiet: Gaps  # before it
+    during: Gaps  # from its first byte until the adapter was on the device
+    stages: dict[str, Gaps]  # of that time, in order
+    seconds: float
 
 
 @contextmanager
@@ -158,20 +180,25 @@ class _Case:
         reply = await asyncio.to_thread(_upload, self.uploader, f"{self.port} {name} {file}\n")
         assert reply["status"] in (200, 201), reply
         generation = self.made.registry.entry(name).generation
+        pool = self.made.engine.residency.pool
         itself = asyncio.create_task(_stream(self.made, f"{name}-itself", [], generation, tokens=1))
-        while generation not in self.made.engine.residency.pool.residents and not itself.done():
+        while not (pool.arriving(generation) or generation in pool.residents or itself.done()):
+            await asyncio.sleep(0.001)
+        read = time.perf_counter()
+        while not (generation in pool.residents or itself.done()):
             await asyncio.sleep(0.001)
         ready = time.perf_counter()
         await itself
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        quiet, during = _gaps(moments, quiet_from, quiet_until), _gaps(moments, reply["began"], ready)
+        times = [reply["began"], reply["sent"], reply["ended"], read, ready]
+        stages = zip(("received", "checked", "read", "copied"), pairwise(times), strict=True)
         return Disturbance(
-            float(np.percentile(quiet, 99)),
-            float(np.percentile(during, 99)),
-            len(during),
-            ready - reply["began"],
+            quiet=Gaps.of(moments, quiet_from, quiet_until),
+            during=Gaps.of(moments, times[0], ready),
+            stages={name: Gaps.of(moments, *between) for name, between in stages},
+            seconds=ready - times[0],
         )
 
 
@@ -221,12 +248,3 @@ async def _stream(
         async for event in events:
             if isinstance(event, Token):
                 moments.append(time.perf_counter())
-
-
-def _gaps(moments: list[list[float]], since: float, until: float) -> list[float]:
-    return [
-        later - earlier
-        for stream in moments
-        for earlier, later in pairwise(stream)
-        if since <= later <= until
-    ]
