@@ -35,6 +35,8 @@ from tests.bench.http import http_tokens_per_s
 from tests.bench.random_llama import Checkpoint, Shape, checkpoint
 
 SEED = 0
+FEWEST = 3  # steps of those who need seconds for each, or a run takes more than its quarter of an hour
+SLOW = 2.0  # seconds for 64 tokens of a prompt; who needs more than that needs seconds for a step of sixteen
 READ_FLOATS = 400_000_000  # 1.6 GB: no cache holds it
 
 
@@ -44,7 +46,7 @@ class Plan:
 
     rounds: int
     steps: int  # that a sequence decodes
-    few: int  # the same for those who need seconds for each, where one step is as long as the next
+    few: int  # the same for the others, where one step is as long as the next
     batches: tuple[int, ...]  # 1 and 16 are what figures are about
     adapters: int  # that a server takes in: 16 are asked for at once
 
@@ -107,6 +109,7 @@ class Bench:
         self.made, self.work, self.plan, self.results, self._stack = made, work, plan, results, stack
         self.figures: list[Figure] = []
         self.int8 = int8_reason()
+        self.few = plan.few
         self.peft_dtype = torch.bfloat16  # until bitsandbytes was seen to decode faster in another
         self.bandwidth = 0.0  # the highest seen beside the steps whose floor it makes
         given = {"adapters": plan.adapters, "adapter_dtype": "bfloat16", "max_loras": plan.adapters}
@@ -126,15 +129,17 @@ class Bench:
         with ExitStack() as stack:
             theirs = self._load("theirs", stack, linear_backend="bitsandbytes")
             chosen = {who: partial(theirs.multiply_in, dtype) for who, dtype in THEIRS.items()}
+            trials = {who: after(choose, partial(theirs.prefill, 64))() for who, choose in chosen.items()}
+            faster = min(trials, key=trials.__getitem__)  # the other may take half a minute
+            if trials[faster] > SLOW:
+                self.few = FEWEST
             decode: dict[Any, Measure] = {}
             prefill: dict[Any, Measure] = {(who, PREFILL): ours.prefill for who, ours in self.ours.items()}
             for batch in self.plan.batches:
                 for who, ours in self.ours.items():
                     decode[who, batch] = partial(ours.decode, [None] * batch, self.plan.steps)
                 for who, choose in chosen.items():
-                    decode[who, batch] = after(choose, partial(theirs.decode, [None] * batch, self.plan.few))
-            trials = {who: after(choose, partial(theirs.prefill, 64))() for who, choose in chosen.items()}
-            faster = min(trials, key=trials.__getitem__)  # the other may take half a minute
+                    decode[who, batch] = after(choose, partial(theirs.decode, [None] * batch, self.few))
             prefill[faster, PREFILL] = after(chosen[faster], theirs.prefill)
             decode["fp32", 1] = after(self._look_at_memory, decode["fp32", 1])
             steps, filled = self._timed("decode", decode), self._timed("prefill", prefill)
@@ -202,7 +207,7 @@ class Bench:
         self.bandwidth = max(self.bandwidth, read_bandwidth())
 
     def _steps(self, who: str) -> int:
-        return self.plan.steps if who in self.ours else self.plan.few
+        return self.plan.steps if who in self.ours else self.few
 
     def _timed(self, name: str, measures: Mapping[Any, Measure]) -> dict[Any, float]:
         """The measures' medians, kept as lines of the results."""
