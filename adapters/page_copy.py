@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -80,11 +80,11 @@ def write(copies: Iterable[tuple[PageCopy, Page]]) -> None:
 
 
 Copy = Callable[
-    [Sequence[PageCopy]], "Future[float]"
+    [Iterable[PageCopy]], "Future[float]"
 ]  # begins to write; the result is how many seconds it took
 
 
-def copy_now(copies: Sequence[PageCopy]) -> Future[float]:
+def copy_now(copies: Iterable[PageCopy]) -> Future[float]:
     """Write before returning: where the pool is in host memory."""
     started = time.perf_counter()
     write((copy, Page.of(copy.pages, copy.page, copy.site)) for copy in copies)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -63,7 +63,7 @@ class SideStream:
         self._on_done = on_done
         self._executor = ThreadPoolExecutor(1, "adapter-copier", compute_on, (1,))
 
-    def copy(self, copies: Sequence[PageCopy]) -> Future[float]:
+    def copy(self, copies: Iterable[PageCopy]) -> Future[float]:
         """Begin to write. Called by the thread that runs steps: what it has launched may still read these pages."""
         launched = cuda.Event()
         launched.record()
@@ -75,12 +75,13 @@ class SideStream:
         """End the thread, after what has begun."""
         self._executor.shutdown(wait=True)
 
-    def _write(self, copies: Sequence[PageCopy], launched: cuda.Event) -> float:
+    def _write(self, copies: Iterable[PageCopy], launched: cuda.Event) -> float:
         started = time.perf_counter()
         with cuda.stream(self._stream):
             self._stream.wait_event(launched)
-            for first in range(0, len(copies), SLOT_PAGES):
-                _send(copies[first : first + SLOT_PAGES], next(self._next))
+            rest = iter(copies)
+            while batch := list(itertools.islice(rest, SLOT_PAGES)):
+                _send(batch, next(self._next))
             written = cuda.Event(blocking=True)
             written.record()
         written.synchronize()
