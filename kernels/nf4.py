@@ -137,7 +137,7 @@ def launch(
         CHUNKS=deltas.chunks if deltas else None,
         STEP=STEP,
         EVEN=width % STEP == 0,
-        ONE_ROW=end - first == 1,
+        NEAR=end - first <= tile.near,
         num_warps=tile.warps,
         **early(x),
     )
@@ -190,7 +190,7 @@ def _linear_kernel(
     CHUNKS: tl.constexpr,
     STEP: tl.constexpr,
     EVEN: tl.constexpr,
-    ONE_ROW: tl.constexpr,
+    NEAR: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
     """Rows come first in the grid: programs that read the same weights run side by side, and L2 serves them.
@@ -226,7 +226,7 @@ def _linear_kernel(
         packed + tl.minimum(column, out - 1)[:, None] * row_bytes,
         absmax_t + tl.minimum(column, out - 1),
         code, split, out, row_bytes // 32,
-        ROWS, COLUMNS, BLOCKS, SPLITS, STAGES, ORDER, ASSEMBLY, CONSTRAINTS, ONE_ROW,
+        ROWS, COLUMNS, BLOCKS, SPLITS, STAGES, ORDER, ASSEMBLY, CONSTRAINTS, NEAR,
     )  # fmt: skip
     if plan is not None:
         lane = split if LANES == SPLITS else split << 20  # beyond all jobs: the first split does them
@@ -275,12 +275,12 @@ def _sum_blocks(
     ORDER: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     CONSTRAINTS: tl.constexpr,
-    ONE_ROW: tl.constexpr,
+    NEAR: tl.constexpr,
 ) -> tl.tensor:  # [ROWS, COLUMNS] float32
     """One split's share of k, block after block: `sum over blocks of (x's 64 k @ codes) * absmax`.
 
     A single row is read by all programs at once from one place of the second cache, which is slower than sixteen from
-    sixteen places; loads of eight bytes go through the first cache, where a neighbour's is often found.
+    sixteen places; loads of eight bytes (NEAR) go through the first cache, where a neighbour's is often found.
 
     Rows and columns past the edge read the last one's values: loads without masks compile to fewer instructions, and
     what is computed there is not stored.
@@ -295,7 +295,7 @@ def _sum_blocks(
             scale = tl.load(absmax_t + block * out)
             codes = tl.load(packed + block * 32 + byte)
             there = x + block * 64 + k
-            values = tl.load(tl.max_contiguous(there, (1, 4)) if ONE_ROW else there)
+            values = tl.load(tl.max_contiguous(there, (1, 4)) if NEAR else there)
             high, low = look_up(codes, code, values.dtype, ASSEMBLY, CONSTRAINTS)
             part = tl.zeros((ROWS, COLUMNS), tl.float32)
             if ORDER == "join":

@@ -41,6 +41,7 @@ class Tile:
     jobs: int = (
         4  # adapters' pages that one turn of their loop takes: it waits for memory once for all of them
     )
+    near: int = 1  # rows up to which x is read through the first cache
     splits: int = 1  # of k: each a program of its own, summed in their order by the last to end
 
 

@@ -1,4 +1,5 @@
-"""What makes a product with adapters fast: stages, splits and pages a turn, for each weight of a Llama of 8 billion.
+"""What makes a product with adapters fast, for each weight of a Llama of 8 billion: stages, splits, pages a turn, and
+through which cache few rows are read.
 
     python -m tests.bench.gpu_delta_tiles --rows 32 --adapters 0 1 8 32 --lines deltas.jsonl
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from kernels.lora import Deltas
 from kernels.nf4 import launch
 from kernels.nf4_decode import NF4Weight
-from kernels.tiles import Tile, tile_for
+from kernels.tiles import BUCKETS, Tile, tile_for
 from kernels.workspace import Workspace
 from server.model.cuda import TritonLinear
 from tests.bench.gpu_model import LLAMA_8B, nf4_linear
@@ -34,15 +35,16 @@ from tests.bench.random_llama import Shape
 
 
 def candidates(product: Product, rows: int) -> list[Tile]:
-    """The table's tile first."""
+    """The table's tile first. Stages also decide how many programs share a processor: 7, 6 or 5 at 32 rows."""
     table = tile_for(product.out, product.width, rows, (9, 0))
     varied = itertools.product(
-        (4, 1, 2), (0, 1), sorted({table.splits, max(1, table.splits // 2), table.splits * 2})
+        (4, 1, 2), (0, 1, 2), sorted({table.splits, max(1, table.splits // 2), table.splits * 2})
     )
     found = [
         replace(table, jobs=jobs, stages=table.stages + more, splits=splits) for jobs, more, splits in varied
     ]
-    return list(dict.fromkeys([table, *found]))
+    other = [replace(table, near=0 if rows <= table.near else rows)] if rows <= BUCKETS[0] else []
+    return list(dict.fromkeys([table, *other, *found]))
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def tile_of(capability: int, rows: int) -> Tile:
     return tile_for(6144, 4096, rows, (capability // 10, capability % 10))
 
 
-def linear(tile: Tile, capability: int, half: str, *, one_row: bool = False, early: bool = False) -> Request:
+def linear(tile: Tile, capability: int, half: str, *, near: bool = False, early: bool = False) -> Request:
     """With bias, splits and jobs: all that it can hold at once."""
     pointers = dict.fromkeys(
         ("y", "x", "bias", "a", "v", "b"), {"bfloat16": "*bf16", "float16": "*fp16"}[half]
@@ -64,7 +64,7 @@ def linear(tile: Tile, capability: int, half: str, *, one_row: bool = False, ear
         "CHUNKS": 4,
         "STEP": lora.STEP,
         "EVEN": True,
-        "ONE_ROW": one_row,
+        "NEAR": near,
         "EARLY": early,
     }
     return Request("kernels.nf4:_linear_kernel", pointers | numbers, constants, tile.warps, 3, capability)
@@ -88,7 +88,7 @@ def compiled() -> Compiled:
             )
     requests["half"] = linear(tile_of(80, 16), 80, "float16")
     requests["early"] = linear(tile_of(90, 16), 90, "bfloat16", early=True)
-    requests["one row"] = linear(tile_of(90, 16), 90, "bfloat16", one_row=True)
+    requests["near"] = linear(tile_of(90, 16), 90, "bfloat16", near=True)
     for lookup in MOST_BY_LOOKUP:
         requests[lookup] = linear(replace(tile_of(90, 16), lookup=lookup), 90, "bfloat16")
     return Compiled(requests, dict(zip(requests, machine_code(list(requests.values())), strict=True)))
@@ -116,8 +116,8 @@ def test_launched_early_it_waits_before_it_touches_memory(compiled):
     assert compiled.machines["linear 90 16"].touched_before_waiting, "it never waits"
 
 
-def test_one_row_goes_through_the_first_cache(compiled):
-    one, many = compiled.machines["one row"], compiled.machines["linear 90 16"]
+def test_few_rows_can_go_through_the_first_cache(compiled):
+    one, many = compiled.machines["near"], compiled.machines["linear 90 16"]
     assert one.main_loop["LDGSTS"] == many.main_loop["LDGSTS"] + 2 * 2, "eight bytes at a time, of two blocks"
     assert per_weight(one, tile_of(90, 16)) <= MOST_PER_WEIGHT[90, 16]
 
