@@ -1,4 +1,4 @@
-# Two stages: wheels are gathered with a compiler at hand, the served image has none and runs as nobody.
+# Two stages: packages are installed with a compiler at hand, the served image has one for Triton alone and runs as nobody.
 #   docker build -t loraplex .                                                   CPU
 #   docker build -t loraplex --build-arg BASE=nvidia/cuda:13.0.0-runtime-ubuntu24.04 \
 #                --build-arg TORCH=torch==2.13.0 --build-arg TORCH_INDEX=https://pypi.org/simple .   CUDA
@@ -29,10 +29,15 @@ RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 \
  && useradd --create-home --uid 10001 loraplex \
  && install -d -o loraplex /data
 COPY --from=build /opt/loraplex /opt/loraplex
+# Triton compiles what launches its kernels when it runs
+RUN if ls -d /opt/loraplex/lib/python3*/site-packages/triton >/dev/null 2>&1; then \
+      apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+        $(command -v python3-config >/dev/null || echo python3-dev) && rm -rf /var/lib/apt/lists/*; fi
 COPY --chown=loraplex demo/base /demo/base
 COPY --chown=loraplex demo/adapters /demo/adapters
 USER loraplex
-ENV PATH=/opt/loraplex/bin:$PATH XDG_DATA_HOME=/data XDG_CACHE_HOME=/data/cache LORAPLEX_HOST=0.0.0.0
+ENV PATH=/opt/loraplex/bin:$PATH XDG_DATA_HOME=/data XDG_CACHE_HOME=/data/cache TRITON_CACHE_DIR=/data/cache/triton \
+    LORAPLEX_HOST=0.0.0.0
 VOLUME /data
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s \

@@ -47,6 +47,7 @@ from server.text.tokenizer import ChatTemplateError, Tokenizer
 logger = logging.getLogger(__name__)
 
 _SMALL = 50_000_000  # weights in the linears
+_TRITON_NEEDS = "(it compiles C when it runs: install gcc and Python's headers, python3-dev on Debian)"
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 
 
@@ -156,13 +157,15 @@ def choose_kernels(settings: Settings, device: torch.device) -> Kernels:
 def _cuda_kernels(settings: Settings, device: torch.device) -> Kernels:
     """Triton's; with `--linear-backend bitsandbytes` for all but the products with quantized weights."""
     try:
+        from kernels.portable import check_launches
         from server.model.cuda import cuda_kernels
-    except ImportError as error:
+
+        check_launches()
+    except Exception as error:  # no Triton, or whatever it misses: it compiles at run time
+        why = str(error) if isinstance(error, ImportError) else f"{error} {_TRITON_NEEDS}"
         if settings.batch_invariant:
-            raise SettingsError(
-                f"--batch-invariant cannot be had on a GPU without Triton: {error}"
-            ) from error
-        logger.warning("no Triton kernels, so plain PyTorch serves: %s", error)
+            raise SettingsError(f"--batch-invariant cannot be had on a GPU without Triton: {why}") from error
+        logger.warning("no Triton kernels, so plain PyTorch serves, much slower: %s", why)
         return plain()
     return cuda_kernels(device, fixed=settings.batch_invariant)
 
