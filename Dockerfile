@@ -2,6 +2,7 @@
 #   docker build -t loraplex .                                                   CPU
 #   docker build -t loraplex --build-arg BASE=nvidia/cuda:13.0.0-runtime-ubuntu24.04 \
 #                --build-arg TORCH=torch==2.13.0 --build-arg TORCH_INDEX=https://pypi.org/simple .   CUDA
+#   docker run --gpus all -p 8000:8000 -v loraplex:/data loraplex                    with NVIDIA's container toolkit
 ARG BASE=python:3.12-slim
 
 FROM ${BASE} AS build
