@@ -61,7 +61,10 @@ class Drawn:
         if self._token_ids is None:
             if self.arrived is not None:
                 self.arrived.synchronize()
-            self._token_ids = self.host[: len(self.tops)].long().tolist()
+            ids = self.host.numpy()[
+                : len(self.tops)
+            ]  # torch's own views and conversions would let the lock go again
+            self._token_ids = ids.astype(np.int64).tolist()
         return self._token_ids
 
     def picks(self) -> list[Pick | None]:
