@@ -61,10 +61,8 @@ class Drawn:
         if self._token_ids is None:
             if self.arrived is not None:
                 self.arrived.synchronize()
-            ids = self.host.numpy()[
-                : len(self.tops)
-            ]  # torch's own views and conversions would let the lock go again
-            self._token_ids = ids.astype(np.int64).tolist()
+            # by numpy: torch's own views and conversions would let the lock go once more
+            self._token_ids = self.host.numpy()[: len(self.tops)].astype(np.int64).tolist()
         return self._token_ids
 
     def picks(self) -> list[Pick | None]:
