@@ -45,13 +45,14 @@ class Plan:
     """How long a run may take."""
 
     rounds: int
+    slow_rounds: int  # of those who need seconds for a step
     steps: int  # that a sequence decodes
     few: int  # the same for the others, where one step is as long as the next
     batches: tuple[int, ...]  # 1 and 16 are what figures are about
     adapters: int  # that a server takes in: 16 are asked for at once
 
 
-FULL, QUICK = Plan(3, 24, 5, (1, 4, 8, 16), 32), Plan(2, 8, 3, (1, 16), 16)
+FULL, QUICK = Plan(3, 3, 24, 5, (1, 4, 8, 16), 32), Plan(2, 1, 8, 3, (1, 16), 16)
 THEIRS = {"bitsandbytes-float32": torch.float32, "bitsandbytes-bfloat16": torch.bfloat16}
 
 Adapters = list[int | None]
@@ -72,10 +73,11 @@ def popularity(kind: str, batch: int, adapters: int) -> Adapters:
             return draw.choices(range(adapters), weights=[1 / (k + 1) for k in range(adapters)], k=batch)
 
 
-def in_turn(measures: Mapping[Any, Measure], rounds: int, what: str) -> dict[Any, float]:
-    """The median of each measure; one of each in every round, so that a slow minute hits them all."""
+def in_turn(measures: Mapping[Any, Measure], rounds: Callable[[Any], int], what: str) -> dict[Any, float]:
+    """The median of each measure; in every round it takes part in there is one, so that a slow minute hits all."""
     seen: dict[Any, list[float]] = {key: [] for key in measures}
-    turns = list(itertools.product(range(rounds), measures))
+    every = range(max(map(rounds, measures)))
+    turns = [(number, key) for number, key in itertools.product(every, measures) if number < rounds(key)]
     for _, key in tqdm(turns, desc=what, disable=not sys.stderr.isatty()):
         seen[key].append(measures[key]())
     return {key: statistics.median(values) for key, values in seen.items()}
@@ -109,7 +111,7 @@ class Bench:
         self.made, self.work, self.plan, self.results, self._stack = made, work, plan, results, stack
         self.figures: list[Figure] = []
         self.int8 = int8_reason()
-        self.few = plan.few
+        self.few, self.theirs_rounds = plan.few, plan.rounds
         self.peft_dtype = torch.bfloat16  # until bitsandbytes was seen to decode faster in another
         self.bandwidth = 0.0  # the highest seen beside the steps whose floor it makes
         given = {"adapters": plan.adapters, "adapter_dtype": "bfloat16", "max_loras": plan.adapters}
@@ -132,7 +134,7 @@ class Bench:
             trials = {who: after(choose, partial(theirs.prefill, 64))() for who, choose in chosen.items()}
             faster = min(trials, key=trials.__getitem__)  # the other may take half a minute
             if trials[faster] > SLOW:
-                self.few = FEWEST
+                self.few, self.theirs_rounds = FEWEST, self.plan.slow_rounds
             decode: dict[Any, Measure] = {}
             prefill: dict[Any, Measure] = {(who, PREFILL): ours.prefill for who, ours in self.ours.items()}
             for batch in self.plan.batches:
@@ -209,9 +211,12 @@ class Bench:
     def _steps(self, who: str) -> int:
         return self.plan.steps if who in self.ours else self.few
 
+    def _rounds(self, who: str) -> int:
+        return self.theirs_rounds if who.startswith(("bitsandbytes", "peft")) else self.plan.rounds
+
     def _timed(self, name: str, measures: Mapping[Any, Measure]) -> dict[Any, float]:
         """The measures' medians, kept as lines of the results."""
-        seconds = in_turn(measures, self.plan.rounds, name)
+        seconds = in_turn(measures, lambda key: self._rounds(key[0]), name)
         for key, value in seconds.items():
             self.results.add(name=name, case=list(key), seconds=round(value, 9))
         return seconds
