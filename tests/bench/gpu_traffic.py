@@ -70,7 +70,7 @@ class Disturbance:
 
     quiet: Gaps  # before it
     during: Gaps  # from its first byte until the adapter was on the device
-    stages: dict[str, Gaps]  # of that time, in order
+    stages: dict[str, Gaps]  # of that time, in order; those in which a token came
     seconds: float
 
 
@@ -193,11 +193,14 @@ class _Case:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         times = [reply["began"], reply["sent"], reply["ended"], read, ready]
-        stages = zip(("received", "checked", "read", "copied"), pairwise(times), strict=True)
+        stages = {
+            name: Gaps.of(moments, *between)
+            for name, between in zip(("received", "checked", "read", "copied"), pairwise(times), strict=True)
+        }
         return Disturbance(
             quiet=Gaps.of(moments, quiet_from, quiet_until),
             during=Gaps.of(moments, times[0], ready),
-            stages={name: Gaps.of(moments, *between) for name, between in stages},
+            stages={name: gaps for name, gaps in stages.items() if gaps.tokens},
             seconds=ready - times[0],
         )
 
