@@ -105,29 +105,45 @@ static inline TARGET void NAME(unpack)(const uint8_t *codes, float *w) {
         }
 }
 
-/* One row of x: products straight from the registers that unpacking fills. */
-static TARGET void NAME(nf4_row)(const float *x, const uint8_t *strip, int64_t blocks, float *y) {
+/* One row of x or two: products straight from the registers that unpacking fills. x: [blocks][all_rows][BLOCK]. */
+static inline __attribute__((always_inline)) TARGET void NAME(nf4_rows)(
+    const float *x, int64_t all_rows, const uint8_t *strip, int64_t blocks, float *y, const int rows
+) {
     const byte_tables tables = tables_of_values();
     const __m256i low = _mm256_set1_epi8(15);
-    for (int64_t b = 0; b < blocks; b++, x += BLOCK) {
+    for (int64_t b = 0; b < blocks; b++, x += all_rows * BLOCK) {
         const uint8_t *codes = strip + b * NF4_BYTES, *ask = codes;
         const float *scale = (const float *)(codes + NF4_CODES);
         for (int half = 0; half < STRIP; half += HALF, scale += HALF) {
-            VEC sums[4] = {vzero(), vzero(), vzero(), vzero()}, w[4];
+            VEC sums[2][4], w[4];
+            for (int r = 0; r < rows; r++)
+                for (int v = 0; v < 4; v++) sums[r][v] = vzero();
             for (int j = 0; j < BLOCK / 2; j++, codes += HALF, ask += NF4_BYTES / BLOCK) {
                 const __m256i pair = _mm256_loadu_si256((const void *)codes);
                 ask_ahead(ask, 1);
-                VEC value = vset1(x[2 * j]);
-                floats_of_codes(tables, high_nibbles(tables, pair), w);
-                for (int v = 0; v < 4; v++) sums[v] = vfma(w[v], value, sums[v]);
-                value = vset1(x[2 * j + 1]);
-                floats_of_codes(tables, _mm256_and_si256(pair, low), w);
-                for (int v = 0; v < 4; v++) sums[v] = vfma(w[v], value, sums[v]);
+                for (int i = 0; i < 2; i++) {
+                    floats_of_codes(tables, i ? _mm256_and_si256(pair, low) : high_nibbles(tables, pair), w);
+                    for (int r = 0; r < rows; r++) {
+                        const VEC value = vset1(x[r * BLOCK + 2 * j + i]);
+                        for (int v = 0; v < 4; v++) sums[r][v] = vfma(w[v], value, sums[r][v]);
+                    }
+                }
             }
-            for (int v = 0; v < 4; v++)
-                vstore(y + half + v * LANES, vfma(sums[v], vload(scale + v * LANES), vload(y + half + v * LANES)));
+            for (int r = 0; r < rows; r++)
+                for (int v = 0; v < 4; v++) {
+                    float *to = y + r * STRIP + half + v * LANES;
+                    vstore(to, vfma(sums[r][v], vload(scale + v * LANES), vload(to)));
+                }
         }
     }
+}
+
+static TARGET void NAME(nf4_one)(const float *x, int64_t all_rows, const uint8_t *strip, int64_t blocks, float *y) {
+    NAME(nf4_rows)(x, all_rows, strip, blocks, y, 1);
+}
+
+static TARGET void NAME(nf4_two)(const float *x, int64_t all_rows, const uint8_t *strip, int64_t blocks, float *y) {
+    NAME(nf4_rows)(x, all_rows, strip, blocks, y, 2);
 }
 
 #else
@@ -148,8 +164,8 @@ static void NAME(unpack)(const uint8_t *codes, float *w) {
 static TARGET void NAME(nf4_strip)(const void *x, int64_t all_rows, int64_t rows, const uint8_t *strip, int64_t blocks,
                                    float *y) {
 #if ISA == ISA_AVX2
-    if (all_rows == 1) {
-        NAME(nf4_row)((const float *)x, strip, blocks, y);
+    if (rows <= 2) {
+        (rows == 1 ? NAME(nf4_one) : NAME(nf4_two))((const float *)x, all_rows, strip, blocks, y);
         return;
     }
 #endif
