@@ -14,7 +14,7 @@ from adapters.adapter import Delta, Site
 from adapters.pages import PAGE_RANK
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class SitePages:
     """One site's pages: the raw factors of every resident adapter, and the scale of each page and member."""
 

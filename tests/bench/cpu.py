@@ -111,7 +111,7 @@ class Bench:
         self.made, self.work, self.plan, self.results, self._stack = made, work, plan, results, stack
         self.figures: list[Figure] = []
         self.int8 = int8_reason()
-        self.few, self.theirs_rounds = plan.few, plan.rounds
+        self.slow = False  # whether the others need seconds for each step
         self.peft_dtype = torch.bfloat16  # until bitsandbytes was seen to decode faster in another
         self.bandwidth = 0.0  # the highest seen beside the steps whose floor it makes
         given = {"adapters": plan.adapters, "adapter_dtype": "bfloat16", "max_loras": plan.adapters}
@@ -133,15 +133,16 @@ class Bench:
             chosen = {who: partial(theirs.multiply_in, dtype) for who, dtype in THEIRS.items()}
             trials = {who: after(choose, partial(theirs.prefill, 64))() for who, choose in chosen.items()}
             faster = min(trials, key=trials.__getitem__)  # the other may take half a minute
-            if trials[faster] > SLOW:
-                self.few, self.theirs_rounds = FEWEST, self.plan.slow_rounds
+            self.slow = trials[faster] > SLOW
             decode: dict[Any, Measure] = {}
             prefill: dict[Any, Measure] = {(who, PREFILL): ours.prefill for who, ours in self.ours.items()}
             for batch in self.plan.batches:
                 for who, ours in self.ours.items():
                     decode[who, batch] = partial(ours.decode, [None] * batch, self.plan.steps)
                 for who, choose in chosen.items():
-                    decode[who, batch] = after(choose, partial(theirs.decode, [None] * batch, self.few))
+                    decode[who, batch] = after(
+                        choose, partial(theirs.decode, [None] * batch, self._steps(who))
+                    )
             prefill[faster, PREFILL] = after(chosen[faster], theirs.prefill)
             decode["fp32", 1] = after(self._look_at_memory, decode["fp32", 1])
             steps, filled = self._timed("decode", decode), self._timed("prefill", prefill)
@@ -209,10 +210,12 @@ class Bench:
         self.bandwidth = max(self.bandwidth, read_bandwidth())
 
     def _steps(self, who: str) -> int:
-        return self.plan.steps if who in self.ours else self.few
+        if not _is_theirs(who):
+            return self.plan.steps
+        return FEWEST if self.slow else self.plan.few
 
     def _rounds(self, who: str) -> int:
-        return self.theirs_rounds if who.startswith(("bitsandbytes", "peft")) else self.plan.rounds
+        return self.plan.slow_rounds if self.slow and _is_theirs(who) else self.plan.rounds
 
     def _timed(self, name: str, measures: Mapping[Any, Measure]) -> dict[Any, float]:
         """The measures' medians, kept as lines of the results."""
@@ -237,6 +240,10 @@ class Bench:
 
     def _figure(self, name: str, value: float | None, bound: float, want: Want) -> None:
         self.figures.append(Figure(name, value, bound, want, None if value is not None else self.int8))
+
+
+def _is_theirs(who: str) -> bool:
+    return who.startswith(("bitsandbytes", "peft"))
 
 
 def int8_reason() -> str | None:
