@@ -21,8 +21,7 @@
 #define RANKS 4   /* rank rows taken together: as many streams of memory */
 #define ROWS 32   /* rows of one unit at most */
 #define STRIP 512 /* columns of one unit at most: their sums stay in the first cache */
-#define ROWS_TOGETHER 3
-#define FOUR 4
+#define FEW 4 /* rows from which an expand reads weights once for several */
 
 typedef struct {
     const float *x; /* [rows, width] */

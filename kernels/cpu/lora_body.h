@@ -1,5 +1,21 @@
 /* Shrink and expand of one unit of work, for one instruction set. See lora.c for the layout and for what a unit is. */
 
+/* Rows that share what is read of the weights, and vectors of columns that an expand holds for each: as many sums as there are
+ * registers for. */
+#if ISA == ISA_AVX512
+#define SHRINK_ROWS 6
+#define SHRINK_TILES(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6)
+#define EXPAND_ROWS 6
+#define EXPAND_WIDE 4
+#define EXPAND_TILES(DO) DO(2) DO(3) DO(4) DO(5) DO(6)
+#else
+#define SHRINK_ROWS 3
+#define SHRINK_TILES(DO) DO(1) DO(2) DO(3)
+#define EXPAND_ROWS 4
+#define EXPAND_WIDE 2
+#define EXPAND_TILES(DO) DO(2) DO(3) DO(4)
+#endif
+
 /* A vector of weights, as floats. */
 INLINE VEC NAME(weights_at)(const void *from, int64_t at, const int bf16) {
     return bf16 ? vload_bf16((const uint16_t *)from + at) : vload((const float *)from + at);
@@ -10,20 +26,20 @@ INLINE VEC NAME(weights_part)(const void *from, int64_t at, int64_t count, const
                 : NAME(vload_part)((const float *)from + at, count);
 }
 
-/* `to[row * to_stride + k] = factor * (x[row] . a[k])` for RANKS rows of a and up to ROWS_TOGETHER rows of x.
+/* `to[row * to_stride + k] = factor * (x[row] . a[k])` for RANKS rows of a and up to SHRINK_ROWS rows of x.
  * One running vector per product, whatever the number of rows. */
 INLINE void NAME(dot_rows)(
     float *to, int64_t to_stride, const float *x, int64_t width, const void *a, const void *next, float factor,
     const int bf16, const int rows
 ) {
     const int64_t size = bf16 ? 2 : 4, line = 64 / size, whole = width / LANES * LANES;
-    VEC sum[ROWS_TOGETHER][RANKS];
+    VEC sum[SHRINK_ROWS][RANKS];
     for (int row = 0; row < rows; row++)
         for (int k = 0; k < RANKS; k++) sum[row][k] = vzero();
     for (int64_t i = 0; i < whole; i += LANES) {
         if (i % line == 0)
             for (int k = 0; k < RANKS; k++) PREFETCH(next, (k * width + i) * size);
-        VEC part[ROWS_TOGETHER];
+        VEC part[SHRINK_ROWS];
         for (int row = 0; row < rows; row++) part[row] = vload(x + row * width + i);
         for (int k = 0; k < RANKS; k++) {
             VEC w = NAME(weights_at)(a, k * width + i, bf16);
@@ -51,11 +67,17 @@ INLINE void NAME(shrink_rows)(const Shrink *unit, int64_t row, const void *next,
                    next, unit->factor, bf16, rows);
 }
 
+#define SHRINK_TILE(ROWS) \
+    case ROWS: \
+        NAME(shrink_rows)(unit, row, next, bf16, ROWS); \
+        break;
+
 INLINE void NAME(shrink_unit)(const Shrink *unit, const void *next, const int bf16) {
-    int64_t row = 0;
-    for (; row + 3 <= unit->rows; row += 3) NAME(shrink_rows)(unit, row, next, bf16, 3);
-    if (row + 2 == unit->rows) NAME(shrink_rows)(unit, row, next, bf16, 2);
-    if (row + 1 == unit->rows) NAME(shrink_rows)(unit, row, next, bf16, 1);
+    int64_t tiles = (unit->rows + SHRINK_ROWS - 1) / SHRINK_ROWS;
+    for (int64_t row = 0, count; row < unit->rows; row += count, tiles--) {
+        count = (unit->rows - row + tiles - 1) / tiles;
+        switch (count) { SHRINK_TILES(SHRINK_TILE) }
+    }
 }
 
 /* `sum[column] += v[0] * b[0][column] + ...` over RANKS rows of b, in their order. */
@@ -106,43 +128,53 @@ INLINE void NAME(expand_row)(const Expand *unit, int64_t row, const Expand *next
     for (; i < unit->width; i++) y[i] += sum[i];
 }
 
-/* FOUR rows and two vectors of columns: the same sums in the same order, held in registers over all ranks. */
-INLINE void NAME(expand_four)(const Expand *unit, int64_t row, int64_t column, const int bf16) {
-    VEC sum[FOUR][2];
-    for (int i = 0; i < FOUR; i++) sum[i][0] = sum[i][1] = vzero();
+/* Some rows and EXPAND_WIDE vectors of columns: the same sums in the same order, held in registers over all ranks. */
+INLINE void NAME(expand_tile)(const Expand *unit, int64_t row, int64_t column, const int bf16, const int rows) {
+    VEC sum[EXPAND_ROWS][EXPAND_WIDE];
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < EXPAND_WIDE; j++) sum[i][j] = vzero();
     for (int64_t page = 0; page < unit->pages; page++) {
         if (NAME(is_blank)(unit, page)) continue;
         const char *b = NAME(page_of)(unit, page, bf16);
         const float *v = unit->v + row * unit->v_stride + page * unit->v_page_stride;
         for (int64_t k = 0; k < PAGE_RANK; k++) {
-            VEC one = NAME(weights_at)(b, k * unit->b_stride + column, bf16);
-            VEC two = NAME(weights_at)(b, k * unit->b_stride + column + LANES, bf16);
-            KEEP(one);
-            KEEP(two);
-            for (int i = 0; i < FOUR; i++) {
+            VEC weights[EXPAND_WIDE];
+            for (int j = 0; j < EXPAND_WIDE; j++) {
+                weights[j] = NAME(weights_at)(b, k * unit->b_stride + column + j * LANES, bf16);
+                KEEP(weights[j]);
+            }
+            for (int i = 0; i < rows; i++) {
                 const VEC factor = vset1(v[i * unit->v_stride + k]);
-                sum[i][0] = vfma(factor, one, sum[i][0]);
-                sum[i][1] = vfma(factor, two, sum[i][1]);
+                for (int j = 0; j < EXPAND_WIDE; j++) sum[i][j] = vfma(factor, weights[j], sum[i][j]);
             }
         }
     }
-    for (int i = 0; i < FOUR; i++) {
-        float *y = unit->y + (row + i) * unit->y_stride + column;
-        vstore(y, vadd(vload(y), sum[i][0]));
-        vstore(y + LANES, vadd(vload(y + LANES), sum[i][1]));
-    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < EXPAND_WIDE; j++) {
+            float *y = unit->y + (row + i) * unit->y_stride + column + j * LANES;
+            vstore(y, vadd(vload(y), sum[i][j]));
+        }
 }
 
+#define EXPAND_TILE(ROWS) \
+    case ROWS: \
+        for (int64_t column = 0; column < columns; column += EXPAND_WIDE * LANES) \
+            NAME(expand_tile)(unit, row, column, bf16, ROWS); \
+        break;
+
+/* Tiles for FEW rows or more; what is left of a strip's columns, and fewer rows, one by one. */
 INLINE void NAME(expand_unit)(const Expand *unit, const Expand *next, const int bf16) {
-    const int64_t fours = unit->rows / FOUR * FOUR, columns = unit->width / (2 * LANES) * 2 * LANES;
-    for (int64_t row = 0; row < fours; row += FOUR)
-        for (int64_t column = 0; column < columns; column += 2 * LANES) NAME(expand_four)(unit, row, column, bf16);
+    const int64_t columns = unit->rows < FEW ? 0 : unit->width / (EXPAND_WIDE * LANES) * (EXPAND_WIDE * LANES);
+    int64_t tiles = columns ? (unit->rows + EXPAND_ROWS - 1) / EXPAND_ROWS : 0;
+    for (int64_t row = 0, count; tiles; row += count, tiles--) {
+        count = (unit->rows - row + tiles - 1) / tiles;
+        switch (count) { EXPAND_TILES(EXPAND_TILE) }
+    }
     Expand rest = *unit;
     rest.b += columns * (bf16 ? 2 : 4);
     rest.y += columns;
     rest.width -= columns;
-    for (int64_t row = 0; rest.width && row < fours; row++) NAME(expand_row)(&rest, row, next, bf16);
-    for (int64_t row = fours; row < unit->rows; row++) NAME(expand_row)(unit, row, next, bf16);
+    for (int64_t row = 0; rest.width && row < rest.rows; row++) NAME(expand_row)(&rest, row, next, bf16);
 }
 
 static TARGET void NAME(shrink)(const Shrink *unit, const void *next, int64_t bf16) {
@@ -158,3 +190,11 @@ static TARGET void NAME(expand)(const Expand *unit, const Expand *next, int64_t 
     else
         NAME(expand_unit)(unit, next, 0);
 }
+
+#undef SHRINK_ROWS
+#undef SHRINK_TILES
+#undef SHRINK_TILE
+#undef EXPAND_ROWS
+#undef EXPAND_WIDE
+#undef EXPAND_TILES
+#undef EXPAND_TILE
