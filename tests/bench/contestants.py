@@ -30,7 +30,7 @@ from server.serving import Serving
 from server.startup import load
 from tests.bench.random_llama import Checkpoint
 
-PROMPT = 8  # tokens before the steps that are timed: few, since nobody times them
+PROMPT = 2  # tokens before the steps that are timed: few, since nobody times them
 PREFILL = 256
 
 _contestant: Any = None  # of a process that a contestant has to itself
