@@ -141,10 +141,10 @@ class Bench:
             prefill: dict[Any, Measure] = {(who, PREFILL): ours.prefill for who, ours in self.ours.items()}
             for batch in self.plan.batches:
                 for who, ours in self.ours.items():
-                    decode[who, batch] = partial(ours.decode, [None] * batch, self.plan.steps)
+                    decode[who, batch] = partial(ours.decode, [None] * batch, self._steps(who, batch))
                 for who, choose in chosen.items():
                     decode[who, batch] = after(
-                        choose, partial(theirs.decode, [None] * batch, self._steps(who))
+                        choose, partial(theirs.decode, [None] * batch, self._steps(who, batch))
                     )
             prefill[faster, PREFILL] = after(chosen[faster], theirs.prefill)
             decode["fp32", 1] = after(self._look_at_memory, decode["fp32", 1])
@@ -164,7 +164,9 @@ class Bench:
         """What adapters add to a step, by how requests spread over them."""
         ours = self.ours["fp32"]
         cases: dict[Any, Measure] = {
-            (kind, batch): partial(ours.decode, popularity(kind, batch, self.plan.adapters), self.plan.steps)
+            (kind, batch): partial(
+                ours.decode, popularity(kind, batch, self.plan.adapters), self._steps("fp32", batch)
+            )
             for batch in self.plan.batches
             for kind in ("base", "identical", "distinct", "zipf")
         }
@@ -183,7 +185,7 @@ class Bench:
         self._stack.callback(peft.close)
         contestants = {**self.ours, theirs: peft}
         cases: dict[Any, Measure] = {
-            (who, batch): partial(c.decode, list(range(batch)), self._steps(who))
+            (who, batch): partial(c.decode, list(range(batch)), self._steps(who, batch))
             for batch in (8, 16)
             for who, c in contestants.items()
         }
@@ -212,9 +214,10 @@ class Bench:
     def _look_at_memory(self) -> None:
         self.bandwidth = max(self.bandwidth, read_bandwidth())
 
-    def _steps(self, who: str) -> int:
+    def _steps(self, who: str, batch: int) -> int:
+        """For a sequence alone more of them: they are short."""
         if not _is_theirs(who):
-            return self.plan.steps
+            return self.plan.steps * (4 if batch == 1 else 1)
         return FEWEST if self.slow else self.plan.few
 
     def _rounds(self, who: str) -> int:
