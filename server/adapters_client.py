@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import httpx
 
-from server.config import ClientSettings
+from server.config_sources import ClientSettings
 
 SECONDS = httpx.Timeout(60, connect=5)
 UPLOAD_SECONDS = httpx.Timeout(60, connect=5, read=1800)  # checking begins when the last byte has come

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import AdapterError
-from server.config import DEFAULT_URL, SettingsError, load_client_settings, size_text
+from server.config import SettingsError
+from server.config_sources import DEFAULT_URL, load_client_settings
+from server.config_values import size_text
 
 if TYPE_CHECKING:
     from adapters.packing import Packed

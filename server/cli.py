@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from server.adapters_command import add_adapters_commands, run_adapters
-from server.config import CONFIG_FILE, GIB, Settings, SettingsError, flag, load_settings
+from server.config import Settings, SettingsError, flag
+from server.config_sources import CONFIG_FILE, load_settings
+from server.config_values import GIB
 from server.other_flags import ALIASES, ALWAYS, REFUSED
 from server.version import VERSION
 

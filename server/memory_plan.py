@@ -12,7 +12,8 @@ import torch
 from adapters.adapter import Layout
 from adapters.pages import PAGE_RANK, page_nbytes, plan_pages
 from kernels.segments import KV_TILE
-from server.config import GIB, Settings, SettingsError, size_text
+from server.config import Settings, SettingsError
+from server.config_values import GIB, size_text
 from server.model.kv_cache import position_nbytes
 from server.model.servable import ServableModel
 

@@ -1,6 +1,6 @@
 """Flags that vLLM or SGLang have and we spell otherwise, need not be told, or cannot honour; here by their field names.
 
-Data only: `server/config.py` reads them, wherever a setting may stand.
+Data only: `server/config_sources.py` reads them, wherever a setting may stand.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ from adapters.registry import Registry
 from adapters.side_stream import SideStream
 from adapters.store import Store
 from kernels.cpu.library import load as load_library
-from server.config import Settings, SettingsError, size_text
+from server.config import Settings, SettingsError
+from server.config_values import size_text
 from server.engine.blocks import Blocks
 from server.engine.engine import Engine
 from server.engine.scheduler import Limits, Residency, Scheduler

@@ -11,7 +11,9 @@ from typing import Any
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.config import ENV_PREFIX, GIB, Settings, flag
+from server.config import Settings, flag
+from server.config_sources import ENV_PREFIX
+from server.config_values import GIB
 from server.metrics import Metrics
 from server.other_flags import ALIASES, ALWAYS, REFUSED
 from tests.server import fakes

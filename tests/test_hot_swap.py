@@ -14,7 +14,8 @@ import pytest
 
 from loadtests.archive import zipped
 from loadtests.server_process import serving
-from server.config import MIB, Settings
+from server.config import Settings
+from server.config_values import MIB
 from server.engine.sequence import Sampling, Submit, Token
 from server.serving import Serving
 from server.startup import load

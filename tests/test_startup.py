@@ -12,7 +12,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from adapters.lock import StoreLockedError
 from adapters.pages import page_nbytes
 from server import startup
-from server.config import GIB, Settings, SettingsError
+from server.config import Settings, SettingsError
+from server.config_values import GIB
 from server.engine.sequence import Finished, Sampling, Submit, Token
 from server.errors import UnsupportedModelError
 from server.memory_plan import plan_memory

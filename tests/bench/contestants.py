@@ -22,7 +22,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-from server.config import LoraModule, Settings
+from server.config import Settings
+from server.config_values import LoraModule
 from server.engine.sequence import Sampling, Submit, Token
 from server.libraries import quiet_libraries
 from server.model.linear import LoRALinear, ModuleLinear

@@ -12,7 +12,8 @@ import openai
 import pytest
 
 from server.api.app import create_app
-from server.config import MIB, Settings
+from server.config import Settings
+from server.config_values import MIB
 from server.serving import Serving
 from server.startup import load
 from tests.clients.conftest import ADAPTERS, DEMO

@@ -5,7 +5,9 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from server.config import LoraModule, Settings, SettingsError, flag, load_client_settings, load_settings
+from server.config import Settings, SettingsError, flag
+from server.config_sources import load_client_settings, load_settings
+from server.config_values import LoraModule
 from server.other_flags import ALIASES, ALWAYS, REFUSED
 
 
