@@ -8,5 +8,8 @@ they outnumber the cores, and where they do not as many as without that policy, 
 
 import os
 
+from server.libraries import quiet_libraries
+
 os.environ.setdefault("OMP_WAIT_POLICY", "active")
 os.environ.setdefault("GOMP_SPINCOUNT", "300000")
+quiet_libraries()  # here too they would speak of what does not matter, between a benchmark's lines

@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteri
 from server.config import Settings
 from server.config_values import LoraModule
 from server.engine.sequence import Sampling, Submit, Token
-from server.libraries import quiet_libraries
 from server.model.linear import LoRALinear, ModuleLinear
 from server.serving import Serving
 from server.startup import load
@@ -60,7 +59,6 @@ def _become(
     kind: Callable[..., Any], arguments: tuple[Any, ...], settings: dict[str, Any], threads: int
 ) -> None:
     global _contestant
-    quiet_libraries()
     torch.set_num_threads(threads)
     _contestant = kind(*arguments, **settings)
 
