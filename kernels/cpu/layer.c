@@ -1,4 +1,4 @@
-/* A decoder layer in one call: y = x + attention(norm(x)), then y += mlp(norm(y)).
+/* Decoder layers in one call: y = x + attention(norm(x)), then y += mlp(norm(y)), of each in turn.
  *
  * Every step of it is a function of its own that Python can call too, in the same order and with the same bits. What one
  * call spares is Python between them: a layer's weights pass through the caches and leave nothing of the interpreter
@@ -47,7 +47,8 @@ static int32_t attend(int32_t isa, int32_t threads, const Layer *l, const Step *
                               s->span_count, s->blocks, l->scale, l->window, 0, NULL);
 }
 
-EXPORT int32_t loraplex_layer(int32_t isa, int32_t threads, const Layer *l, const Step *s, const float *x, float *y) {
+/* y may be x. */
+static int32_t run(int32_t isa, int32_t threads, const Layer *l, const Step *s, const float *x, float *y) {
     const int64_t rows = s->rows, hidden = l->qkv.in, inner = l->down.in;
     loraplex_rms_norm(isa, threads, s->normed, x, l->attention_norm, rows, hidden, l->attention_epsilon);
     if (attend(isa, threads, l, s)) return -1;
@@ -58,5 +59,14 @@ EXPORT int32_t loraplex_layer(int32_t isa, int32_t threads, const Layer *l, cons
     loraplex_gate(isa, threads, s->inner, s->both, 2 * inner, s->both + inner, 2 * inner, rows, inner, l->activation);
     if (product(isa, threads, &l->down, &s->segments[3], s->inner, s->added, rows)) return -1;
     add(threads, y, y, s->added, rows * hidden);
+    return 0;
+}
+
+/* count: 1 or more. */
+EXPORT int32_t loraplex_layers(
+    int32_t isa, int32_t threads, const Layer *const *layers, int64_t count, const Step *s, const float *x, float *y
+) {
+    for (int64_t i = 0; i < count; i++)
+        if (run(isa, threads, layers[i], s, i ? y : x, y)) return -1;
     return 0;
 }

@@ -1,12 +1,12 @@
-"""What one call of the compiled library needs to run a decoder layer: structures as layer.c has them.
+"""What one call of the compiled library needs to run decoder layers: structures as layer.c has them.
 
-A `LayerCall` is made once, a `StepCall` once per step. Both hold addresses, and beside them what lies there.
+`LayerCalls` are made once, a `StepCall` once per step. Both hold addresses, and beside them what lies there.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -147,6 +147,19 @@ class LayerCall:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class LayerCalls:
+    """Layers that are run one after another."""
+
+    each: tuple[LayerCall, ...]
+    addresses: ctypes.Array[ctypes.c_void_p]
+
+    @classmethod
+    def of(cls, each: Iterable[LayerCall]) -> LayerCalls:
+        held = tuple(each)
+        return cls(held, (_ADDRESS * len(held))(*(ctypes.addressof(layer.struct) for layer in held)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class StepCall:
     """A step's rows, and room for what a layer makes of them."""
 
@@ -198,20 +211,21 @@ class StepCall:
         return cls((cos, sin, kv_index, flat, tuple(segments), room), struct)
 
 
-def run_layer(
+def run_layers(
     library: Library,
-    layer: LayerCall,
+    layers: LayerCalls,
     step: StepCall,
     x: Tensor,  # [1, rows, hidden] float32
 ) -> Tensor:  # [1, rows, hidden]
-    """`y = x + attention(norm(x))`, then `y += mlp(norm(y))`, deltas of the step's adapters included."""
+    """`y = x + attention(norm(x))`, then `y += mlp(norm(y))`, of each layer in turn, the step's adapters included."""
     x = x.contiguous()
     assert x.dtype is torch.float32
     y = torch.empty_like(x)
     run(
         library,
-        "layer",
-        ctypes.addressof(layer.struct),
+        "layers",
+        ctypes.addressof(layers.addresses),
+        len(layers.each),
         ctypes.addressof(step.struct),
         x.data_ptr(),
         y.data_ptr(),

@@ -50,7 +50,7 @@ _ARGUMENTS: dict[str, tuple[type, ...]] = {
     ),
     "rms_norm": (_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _FLOAT),
     "gate": (_POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE),
-    "layer": (_POINTER, _POINTER, _POINTER, _POINTER),
+    "layers": (_POINTER, _SIZE, _POINTER, _POINTER, _POINTER),
     "rotate": (_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
 }
 

@@ -25,7 +25,7 @@ from server.model.steady import CompiledLayer, CompiledMLP, CompiledRMSNorm, Lay
 if TYPE_CHECKING:
     from server.model.kernel_set import Kernels
 
-_TRIAL_ROWS, _TRIAL_BLOCK = 3, 16
+TRIAL_ROWS, _TRIAL_BLOCK = 3, 16
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -87,27 +87,33 @@ def _answers_alike(
     """Whether the layer itself gives the same on rows of one sequence: the same bits, or by planned kernels a
     difference of no more length than the dtype's epsilon times the answer's."""
     seeded = torch.Generator().manual_seed(0)
-    shape, rows, index = compiled.parts.shape, _TRIAL_ROWS, compiled.parts.index
-    hidden = compiled.parts.sites[0].site.in_features
-    x = torch.randn(1, rows, hidden, generator=seeded).to(device, dtype)
-    cos, sin = torch.randn(2, 1, rows, shape.width, generator=seeded).to(device, dtype).unbind()
-    cache = torch.zeros(2, _TRIAL_BLOCK, shape.kv_heads, shape.width, device=device, dtype=dtype).unbind()
-    span = Span(0, rows, rows, (0,))
-    context = ForwardContext(
-        kv_index=torch.arange(rows, device=device),
-        spans=Spans((span,), _TRIAL_BLOCK, device),
-        segments={},
-        kv_caches=(cast(tuple[Tensor, Tensor], cache),) * (index + 1),
-        kernels=kernels,
-        plans=_plans(span, shape, device) if kernels.planned else None,
-    )
-    with forward_context(context):
+    hidden, width = compiled.parts.sites[0].site.in_features, compiled.parts.shape.width
+    x = torch.randn(1, TRIAL_ROWS, hidden, generator=seeded).to(device, dtype)
+    cos, sin = torch.randn(2, 1, TRIAL_ROWS, width, generator=seeded).to(device, dtype).unbind()
+    with forward_context(trial_context([compiled.parts], kernels, device, dtype)):
         try:
             want = compiled.original(x, position_embeddings=(cos, sin))
         except (TypeError, ValueError, RuntimeError):  # it is called in another way
             return False
         got = compiled(x, position_embeddings=(cos, sin))
     return isinstance(want, Tensor) and _alike(got, want, torch.finfo(dtype).eps if kernels.planned else 0.0)
+
+
+def trial_context(
+    layers: Sequence[LayerParts], kernels: Kernels, device: torch.device, dtype: torch.dtype
+) -> ForwardContext:
+    """A step of the first rows of one sequence through these layers, without adapters; layers of one shape."""
+    shape, last = layers[0].shape, max(parts.index for parts in layers)
+    cache = torch.zeros(2, _TRIAL_BLOCK, shape.kv_heads, shape.width, device=device, dtype=dtype).unbind()
+    span = Span(0, TRIAL_ROWS, TRIAL_ROWS, (0,))
+    return ForwardContext(
+        kv_index=torch.arange(TRIAL_ROWS, device=device),
+        spans=Spans((span,), _TRIAL_BLOCK, device),
+        segments={},
+        kv_caches=(cast(tuple[Tensor, Tensor], cache),) * (last + 1),
+        kernels=kernels,
+        plans=_plans(span, shape, device) if kernels.planned else None,
+    )
 
 
 def _alike(got: Tensor, want: Tensor, epsilon: float) -> bool:

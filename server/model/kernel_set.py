@@ -19,7 +19,7 @@ from kernels.cpu.library import Library
 from kernels.reference import ROW_TILE
 from server.model.attention import Attend, compiled_attention, plain_attention
 from server.model.linear import BaseLinear, CompiledDeltas, Deltas, PackedLinear, PlainDeltas
-from server.model.steady import LayerInOneCall, LayerParts, RowOperations, RunsLayer
+from server.model.steady import LayerParts, LayersInOneCall, RowOperations, RunsLayer
 
 
 class TakesLinears(Protocol):
@@ -41,6 +41,7 @@ class Kernels:
     rows: RowOperations | None = None  # norms, gates and rotations, where they have them
     planned: bool = False  # whether they read a step from tables on the device
     layers: Callable[[LayerParts], RunsLayer | None] | None = None  # a whole decoder layer of the usual parts
+    stacks: Callable[..., RunsLayer | None] | None = None  # several such layers, in turn
 
 
 def _none(members: Sequence[nn.Linear], dtype: torch.dtype) -> BaseLinear | None:
@@ -69,7 +70,8 @@ def compiled(library: Library) -> Kernels:
             partial(operations.rotate, library),
             same_bits=True,
         ),
-        layers=partial(LayerInOneCall.of, library),
+        layers=partial(LayersInOneCall.of, library),
+        stacks=partial(LayersInOneCall.of, library),
     )
 
 

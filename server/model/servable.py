@@ -18,6 +18,7 @@ from adapters.adapter import Layout, Site
 from adapters.page_copy import SitePages
 from server.model.attention import IMPLEMENTATION, AttentionLayer, register
 from server.model.compiled_layer import install_compiled_layers
+from server.model.compiled_stack import install_compiled_stacks
 from server.model.kernel_set import Kernels, plain
 from server.model.linear import (
     BaseLinear,
@@ -97,6 +98,8 @@ def make_servable(
     _install_head(model, kernels)
     if kernels.layers is not None:
         install_compiled_layers(model, kernels, findings.attention)
+    if kernels.stacks is not None:
+        install_compiled_stacks(model, kernels)
     return ServableModel(model, findings.layout, groups, findings.attention, length, kernels)
 
 

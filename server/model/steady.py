@@ -13,8 +13,9 @@ import inspect
 import math
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol, Self, cast
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from kernels.cpu import operations
-from kernels.cpu.layer import AttentionShape, LayerCall, SiteWeights, StepCall, run_layer
+from kernels.cpu.layer import AttentionShape, LayerCall, LayerCalls, SiteWeights, StepCall, run_layers
 from kernels.cpu.library import Library
 from kernels.cpu.operations import Activation
 from server.model.context import ForwardContext, current_context
@@ -304,7 +305,7 @@ class LayerParts:
 
 
 class RunsLayer(Protocol):
-    """All that such a layer does in a step."""
+    """All that such a layer, or several, does in a step."""
 
     def __call__(
         self,
@@ -341,66 +342,94 @@ class CompiledLayer:
         return self.run(context, hidden_states, position_embeddings)
 
 
+class LayerStack(nn.ModuleList):
+    """Layers of which the first runs all. Who goes through them finds it alone, who asks for modules all of them."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        yield self[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self[0],) if isinstance(index, slice) else super().__getitem__(index)
+
+
 @dataclass(slots=True, eq=False)
-class LayerInOneCall:
-    """A layer in one call of the C kernels.
+class LayersInOneCall:
+    """One layer, or several in turn, in one call of the C kernels.
 
     A layer's weights pass through the caches and leave nothing of the interpreter there: with one row, what ran
     between the products took a quarter of a step.
     """
 
     library: Library
-    parts: LayerParts
-    _call: LayerCall | None = None
+    layers: Sequence[LayerParts]
+    _calls: LayerCalls | None = None
     _called_with: tuple[object, ...] = ()
 
     @classmethod
-    def of(cls, library: Library, parts: LayerParts) -> Self | None:
-        """None where the products are not these kernels'."""
-        ours = all(isinstance(site.base, PackedLinear) for site in parts.sites)
-        return cls(library, parts) if ours else None
+    def of(cls, library: Library, *layers: LayerParts) -> Self | None:
+        """None where the products are not these kernels', or a step is not the same for all layers."""
+        ours = all(isinstance(site.base, PackedLinear) for parts in layers for site in parts.sites)
+        alike = len({_in_a_step(parts) for parts in layers}) == 1
+        return cls(library, layers) if ours and alike else None
 
     def __call__(self, context: ForwardContext, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        layer = self._call_into(context)
+        calls = self._call_into(context)
         step = context.compiled_steps.get(angles)
         if step is None:
-            step = context.compiled_steps[angles] = self._step(layer, context, angles)
-        return run_layer(self.library, layer, step, x)
+            step = context.compiled_steps[angles] = self._step(calls.each[0], context, angles)
+        return run_layers(self.library, calls, step, x)
 
-    def _call_into(self, context: ForwardContext) -> LayerCall:
-        """The layer's addresses, found again when it is given another cache or another pool."""
-        caches = context.kv_caches[self.parts.index]
-        given = (*caches, *(site.deltas for site in self.parts.sites))
-        if self._call is None or not all(map(operator.is_, given, self._called_with)):
-            bases = [cast(PackedLinear, site.base) for site in self.parts.sites]
-            self._call = LayerCall.of(
-                [
-                    SiteWeights(base.weight, base.bias, _pages(site))
-                    for base, site in zip(bases, self.parts.sites, strict=True)
-                ],
-                (
-                    (self.parts.norms[0].weight, self.parts.norms[0].epsilon),
-                    (self.parts.norms[1].weight, self.parts.norms[1].epsilon),
-                ),
-                caches,
-                context.spans.block_size,
-                self.parts.shape,
-                self.parts.activation,
+    def _call_into(self, context: ForwardContext) -> LayerCalls:
+        """The layers' addresses, found again when they are given another cache or another pool."""
+        caches = [context.kv_caches[parts.index] for parts in self.layers]
+        given = (*chain(*caches), *(site.deltas for parts in self.layers for site in parts.sites))
+        if self._calls is None or not all(map(operator.is_, given, self._called_with)):
+            block_size = context.spans.block_size
+            self._calls = LayerCalls.of(
+                _call(parts, cache, block_size) for parts, cache in zip(self.layers, caches, strict=True)
             )
             self._called_with = given
-        return self._call
+        return self._calls
 
     def _step(self, layer: LayerCall, context: ForwardContext, angles: tuple[Tensor, Tensor]) -> StepCall:
-        groups = [site.site.group for site in self.parts.sites]
+        sites = self.layers[0].sites
         return StepCall.of(
             layer,
-            self.parts.sites[0].site.in_features,
+            sites[0].site.in_features,
             angles[0][0],
             angles[1][0],
             context.kv_index,
             context.spans,
-            [context.flat_segments(group) if context.segments.get(group) else None for group in groups],
+            [
+                context.flat_segments(site.site.group) if context.segments.get(site.site.group) else None
+                for site in sites
+            ],
         )
+
+
+def _in_a_step(parts: LayerParts) -> tuple[object, ...]:
+    """What of a layer a step's rows, rooms and segments depend on."""
+    shape = parts.shape
+    widths = [(site.site.group, site.site.in_features, *site.widths) for site in parts.sites]
+    return (shape.heads, shape.kv_heads, shape.width, *widths)
+
+
+def _call(parts: LayerParts, caches: tuple[Tensor, Tensor], block_size: int) -> LayerCall:
+    bases = [cast(PackedLinear, site.base) for site in parts.sites]
+    return LayerCall.of(
+        [
+            SiteWeights(base.weight, base.bias, _pages(site))
+            for base, site in zip(bases, parts.sites, strict=True)
+        ],
+        (
+            (parts.norms[0].weight, parts.norms[0].epsilon),
+            (parts.norms[1].weight, parts.norms[1].epsilon),
+        ),
+        caches,
+        block_size,
+        parts.shape,
+        parts.activation,
+    )
 
 
 def _pages(site: LinearGroup) -> operations.Deltas | None:

@@ -1,4 +1,4 @@
-/* A whole layer in one call, over room of exactly its size: the bits of its steps called one by one. Rows that only pad
+/* Whole layers in one call, over room of exactly their size: the bits of their steps called one by one. Rows that only pad
  * are in no span, and one site has adapters. */
 #include "layer.h"
 #include "cases.h"
@@ -8,7 +8,7 @@
 enum { HIDDEN = 24, HEADS = 3, KV_HEADS = 1, WIDTH = 8, INNER = 20, BLOCK_SIZE = 4, PAGES = 2, RANK = 16, F32 = 3 };
 enum { TURNED = (HEADS + KV_HEADS) * WIDTH, IN_ROW = TURNED + KV_HEADS * WIDTH, OUT_ROW = HEADS * WIDTH };
 
-int32_t loraplex_layer(int32_t isa, int32_t threads, const Layer *l, const Step *s, const float *x, float *y);
+int32_t loraplex_layers(int32_t, int32_t, const Layer *const *, int64_t count, const Step *, const float *x, float *y);
 int32_t loraplex_pack_f32(int32_t, int32_t, const uint32_t *, uint32_t *, int64_t n, int64_t k);
 
 static float *room(int64_t count) { return malloc((size_t)count * sizeof(float)); }
@@ -70,9 +70,13 @@ void layer(int32_t isa) {
         .attended = room(ROWS * OUT_ROW), .added = room(ROWS * HIDDEN), .both = room(ROWS * 2 * INNER),
         .inner = room(ROWS * INNER),
     };
-    expect("a layer's word", loraplex_layer(isa, 2, &l, &s, x, got), 0, 0);
+    const Layer *const twice[] = {&l, &l};
+    expect("a layer's word", loraplex_layers(isa, 2, twice, 1, &s, x, got), 0, 0);
     step_by_step(isa, &l, &s, x, want);
     for (int64_t i = 0; i < ROWS * HIDDEN; i++) expect("a layer", got[i], want[i], 0);
+    expect("two layers' word", loraplex_layers(isa, 2, twice, 2, &s, x, got), 0, 0);
+    step_by_step(isa, &l, &s, want, x);
+    for (int64_t i = 0; i < ROWS * HIDDEN; i++) expect("two layers", got[i], x[i], 0);
     free(a), free(b), free(scale), free(bias), free(norms), free(cos), free(sin), free(keys), free(values), free(x);
     free(got), free(want), free((void *)l.qkv.packed), free((void *)l.out.packed), free((void *)l.gate_up.packed);
     free((void *)l.down.packed), free(s.normed), free(s.heads), free(s.turned), free(s.attended), free(s.added);
