@@ -1,6 +1,7 @@
 /* y = x @ W.T + bias, for weights packed as packed.h says: exact in float for NF4 codes, bfloat16 and floats; or, where the
  * processor has a dot product for them, NF4 codes in 8-bit integers and bfloat16 by rows rounded to bfloat16. */
 #include <math.h>
+#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -239,11 +240,30 @@ static void multiply_strips(const product *p, int64_t from, int64_t to, float *s
     }
 }
 
+/* One thread's part: its own share of the groups of strips, which it packed and so has near, then what others have left of
+ * theirs, since a core may have half of another's speed. taken: [threads], how many groups of each share. */
+static void multiply_groups(const product *p, int64_t group, int64_t *taken) {
+    _Alignas(64) float sums[GROUP * CHUNK * STRIP];
+    const int64_t strips = strips_of(p->n), groups = (strips + group - 1) / group;
+    const int64_t threads = omp_get_num_threads();
+    for (int64_t i = 0; i < threads; i++) {
+        const int64_t of = (omp_get_thread_num() + i) % threads, end = groups * (of + 1) / threads;
+        for (int64_t at = 0; at < end;) {
+#pragma omp atomic capture
+            at = taken[of]++;
+            at += groups * of / threads;
+            if (at < end) multiply_strips(p, at * group, least((at + 1) * group, strips), sums);
+        }
+    }
+}
+
 /* x: [rows, k]. packed: n rows of k columns. bias: [n] or NULL. y: [rows, n], written. */
 static int32_t multiply(kernel kernel, int32_t threads, const float *x, const uint8_t *packed, const float *bias, float *y,
                         int64_t rows, int64_t n, int64_t k) {
-    const int64_t strips = strips_of(n), blocks = blocks_of(k), share = strips / (4 * threads);
+    const int64_t blocks = blocks_of(k), share = strips_of(n) / (8 * threads);
     const int64_t group = share < 1 ? 1 : least(share, GROUP);
+    int64_t taken[threads];
+    memset(taken, 0, sizeof taken);
     uint8_t *prepared = NULL;
     if (rows > 1 || (rows == 1 && (k % BLOCK || kernel.prepare != gather_row))) { /* one row lies as it should already */
         prepared = malloc(rows * blocks * kernel.row_bytes);
@@ -256,9 +276,7 @@ static int32_t multiply(kernel kernel, int32_t threads, const float *x, const ui
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < rows; row++) kernel.prepare(x, row, rows, k, prepared);
         }
-        _Alignas(64) float sums[GROUP * CHUNK * STRIP];
-#pragma omp for schedule(static) nowait
-        for (int64_t s = 0; s < strips; s += group) multiply_strips(&p, s, least(s + group, strips), sums);
+        multiply_groups(&p, group, taken);
     }
     free(prepared);
     return 0;
