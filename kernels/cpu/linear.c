@@ -240,8 +240,8 @@ static void multiply_strips(const product *p, int64_t from, int64_t to, float *s
     }
 }
 
-/* One thread's part: its own share of the groups of strips, which it packed and so has near, then what others have left of
- * theirs, since a core may have half of another's speed. taken: [threads], how many groups of each share. */
+/* One thread's part: first its own share of the groups of strips, the same at every step, then what others have left of theirs,
+ * since a core may have half of another's speed. taken: [threads], how many groups of each share. */
 static void multiply_groups(const product *p, int64_t group, int64_t *taken) {
     _Alignas(64) float sums[GROUP * CHUNK * STRIP];
     const int64_t strips = strips_of(p->n), groups = (strips + group - 1) / group;

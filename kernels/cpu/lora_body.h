@@ -73,9 +73,8 @@ INLINE void NAME(shrink_rows)(const Shrink *unit, int64_t row, const void *next,
         break;
 
 INLINE void NAME(shrink_unit)(const Shrink *unit, const void *next, const int bf16) {
-    int64_t tiles = (unit->rows + SHRINK_ROWS - 1) / SHRINK_ROWS;
-    for (int64_t row = 0, count; row < unit->rows; row += count, tiles--) {
-        count = (unit->rows - row + tiles - 1) / tiles;
+    for (int64_t row = 0, count; row < unit->rows; row += count) {
+        count = tile_height(unit->rows - row, SHRINK_ROWS);
         switch (count) { SHRINK_TILES(SHRINK_TILE) }
     }
 }
@@ -165,9 +164,8 @@ INLINE void NAME(expand_tile)(const Expand *unit, int64_t row, int64_t column, c
 /* Tiles for FEW rows or more; what is left of a strip's columns, and fewer rows, one by one. */
 INLINE void NAME(expand_unit)(const Expand *unit, const Expand *next, const int bf16) {
     const int64_t columns = unit->rows < FEW ? 0 : unit->width / (EXPAND_WIDE * LANES) * (EXPAND_WIDE * LANES);
-    int64_t tiles = columns ? (unit->rows + EXPAND_ROWS - 1) / EXPAND_ROWS : 0;
-    for (int64_t row = 0, count; tiles; row += count, tiles--) {
-        count = (unit->rows - row + tiles - 1) / tiles;
+    for (int64_t row = 0, count; columns && row < unit->rows; row += count) {
+        count = tile_height(unit->rows - row, EXPAND_ROWS);
         switch (count) { EXPAND_TILES(EXPAND_TILE) }
     }
     Expand rest = *unit;

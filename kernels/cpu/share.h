@@ -31,4 +31,10 @@ static inline int takes(Share *share, int64_t cost) {
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* Rows of the next tile where all that cover `left` rows are to be nearly equally high, and none higher than `highest`. */
+static inline int64_t tile_height(int64_t left, int64_t highest) {
+    const int64_t tiles = (left + highest - 1) / highest;
+    return (left + tiles - 1) / tiles;
+}
+
 #endif

@@ -71,9 +71,8 @@
 #define DEFINE_ROWS(KIND, TARGETED, X, PER_ROW, TILES, HIGHEST) \
     static TARGETED void NAME(KIND##_block)(int64_t rows, const X *x, const void *w, const float *scale, float *y, int64_t ask) { \
         enum { per_row = PER_ROW }; \
-        int64_t tiles = (rows + HIGHEST - 1) / HIGHEST; \
-        for (int64_t first = 0, count; first < rows; first += count, tiles--) { \
-            count = (rows - first + tiles - 1) / tiles; \
+        for (int64_t first = 0, count; first < rows; first += count) { \
+            count = tile_height(rows - first, HIGHEST); \
             switch (count) { TILES(RUN_TILE, KIND) } \
         } \
     }
