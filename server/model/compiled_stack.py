@@ -15,24 +15,27 @@ from transformers import PreTrainedModel
 
 from server.model.compiled_layer import TRIAL_ROWS, trial_context
 from server.model.context import forward_context
-from server.model.steady import CompiledLayer, LayerStack
+from server.model.steady import CompiledLayer, LayersInOneCall, LayerStack
 
 if TYPE_CHECKING:
     from server.model.kernel_set import Kernels
 
 
 def install_compiled_stacks(model: PreTrainedModel, kernels: Kernels) -> None:
-    """Let the first of a list's layers run all of them, where all are run whole and nothing changes by it."""
-    assert kernels.stacks is not None
-    lists = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
+    """Let the first of a list's layers run all, where the C kernels run each in one call and nothing changes by it."""
+    lists = [
+        (parent, name, layers)
+        for parent in model.modules()
+        for name, layers in parent.named_children()
+        if isinstance(layers, nn.ModuleList) and len(layers) > 1
+    ]
     for parent, name, layers in lists:
-        whole = [layer.__dict__.get("forward") for layer in layers.children()]
-        if not isinstance(layers, nn.ModuleList) or not all(
-            isinstance(each, CompiledLayer) for each in whole
-        ):
+        forwards = [layer.__dict__.get("forward") for layer in layers]
+        compiled = [each for each in forwards if isinstance(each, CompiledLayer)]
+        runs = [each.run for each in compiled if isinstance(each.run, LayersInOneCall)]
+        if len(runs) < len(layers):
             continue
-        compiled = cast(list[CompiledLayer], whole)
-        run = kernels.stacks(*(each.parts for each in compiled)) if compiled else None
+        run = LayersInOneCall.of(runs[0].library, *(each.parts for each in compiled))
         if run is None:
             continue
         want = _answer(model, compiled, kernels)

@@ -41,7 +41,6 @@ class Kernels:
     rows: RowOperations | None = None  # norms, gates and rotations, where they have them
     planned: bool = False  # whether they read a step from tables on the device
     layers: Callable[[LayerParts], RunsLayer | None] | None = None  # a whole decoder layer of the usual parts
-    stacks: Callable[..., RunsLayer | None] | None = None  # several such layers, in turn
 
 
 def _none(members: Sequence[nn.Linear], dtype: torch.dtype) -> BaseLinear | None:
@@ -71,7 +70,6 @@ def compiled(library: Library) -> Kernels:
             same_bits=True,
         ),
         layers=partial(LayersInOneCall.of, library),
-        stacks=partial(LayersInOneCall.of, library),
     )
 
 

@@ -98,7 +98,6 @@ def make_servable(
     _install_head(model, kernels)
     if kernels.layers is not None:
         install_compiled_layers(model, kernels, findings.attention)
-    if kernels.stacks is not None:
         install_compiled_stacks(model, kernels)
     return ServableModel(model, findings.layout, groups, findings.attention, length, kernels)
 
