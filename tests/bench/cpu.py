@@ -31,14 +31,13 @@ from tqdm import tqdm
 from loadtests.load import instructions
 from tests.bench.contestants import PREFILL, Apart, Ours, Peft
 from tests.bench.figures import Figure, Results, Want
-from tests.bench.http import http_tokens_per_s
+from tests.bench.http import streams_over_http
 from tests.bench.random_llama import Checkpoint, Shape, checkpoint
 
 SEED = 0
 FEWEST = 3  # steps of those who need seconds for each, or a run takes more than its quarter of an hour
 SLOW = 2.0  # seconds for 64 tokens of a prompt; who needs more than that needs seconds for a step of sixteen
 READ_FLOATS = 400_000_000  # 1.6 GB: no cache holds it
-STREAMED = 3  # rounds over HTTP and without it
 
 
 @dataclass(frozen=True)
@@ -197,12 +196,18 @@ class Bench:
         """Eight streams over HTTP against eight sequences in process, the same adapters and tokens."""
         ours, eight, tokens = self.ours["fp32"], list(range(8)), self.plan.streamed
         ours.decode(eight, 2)
-        offline = statistics.median(ours.tokens_per_s(eight, tokens) for _ in range(STREAMED))
-        served, client_seconds = http_tokens_per_s(self.made, 8, tokens, STREAMED)
-        found = {"offline": round(offline, 2), "http": round(served, 2), "client_cpu_s": client_seconds}
-        self.results.add(name="http", **found)
+        with streams_over_http(self.made, len(eight)) as streams:
+            measures: dict[Any, Measure] = {
+                "offline": partial(ours.tokens_per_s, eight, tokens),
+                "http": partial(streams.tokens_per_s, tokens),
+            }
+            rates = in_turn(measures, lambda _: self.plan.rounds, "http")
+        offline, served, client = rates["offline"], rates["http"], statistics.median(streams.cpu_seconds)
+        self.results.add(
+            name="http", offline=round(offline, 2), http=round(served, 2), client_cpu_s=round(client, 3)
+        )
         print(
-            f"http: {served:.1f} tokens/s of {offline:.1f} offline; the client took {client_seconds:.2f} CPU seconds"
+            f"http: {served:.1f} tokens/s of {offline:.1f} offline; the client took {client:.2f} CPU seconds"
         )
         self._figure("http_vs_offline", served / offline, 0.85, "at least")
 

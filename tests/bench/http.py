@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import httpx
 
@@ -14,38 +16,52 @@ from tests.bench.contestants import PROMPT
 from tests.bench.random_llama import Checkpoint
 
 
-def http_tokens_per_s(made: Checkpoint, streams: int, tokens: int, rounds: int) -> tuple[float, float]:
-    """The median over rounds of all streams' tokens per second, and the client's CPU seconds in a median round."""
-    names = [path.name for path in made.adapters[:streams]]
-    flags = [flag for path in made.adapters[:streams] for flag in ("--lora-modules", f"{path.name}={path}")]
-    flags += ["--quantized-cache", str(made.base.parent / "quantized"), "--kv-cache-memory-bytes", "1GiB"]
-    flags += ["--adapter-dtype", "bfloat16", "--max-loras", "32"]
-    draw = random.Random(0)
+@dataclass(frozen=True)
+class Streams:
+    """A client with an adapter for each of its streams."""
 
-    def one(client: httpx.Client, name: str) -> None:
+    client: httpx.Client
+    pool: ThreadPoolExecutor
+    names: list[str]
+    vocabulary: int
+    draw: random.Random = field(default_factory=lambda: random.Random(0))
+    cpu_seconds: list[float] = field(default_factory=list)  # the client's, of each measurement
+
+    def tokens_per_s(self, tokens: int) -> float:
+        """Tokens of all streams over the time from the first's request to the last's end."""
+        began, cpu = time.perf_counter(), time.process_time()
+        list(self.pool.map(self._one, self.names, [tokens] * len(self.names)))
+        self.cpu_seconds.append(time.process_time() - cpu)
+        return len(self.names) * tokens / (time.perf_counter() - began)
+
+    def _one(self, name: str, tokens: int) -> None:
         body = {
             "model": name,
-            "prompt": [draw.randrange(3, made.shape.vocabulary) for _ in range(PROMPT)],
+            "prompt": [self.draw.randrange(3, self.vocabulary) for _ in range(PROMPT)],
             "max_tokens": tokens,
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
         }
-        with client.stream("POST", "/v1/completions", json=body) as reply:
+        with self.client.stream("POST", "/v1/completions", json=body) as reply:
             reply.raise_for_status()
             events = sum(line.startswith("data: {") for line in reply.iter_lines())
         assert events >= tokens, f"{name} gave {events} events for {tokens} tokens"
 
-    rates, seconds = [], []
+
+@contextmanager
+def streams_over_http(made: Checkpoint, count: int) -> Iterator[Streams]:
+    """That many streams, and a server whose adapters are all in place."""
+    names = [path.name for path in made.adapters[:count]]
+    flags = [flag for path in made.adapters[:count] for flag in ("--lora-modules", f"{path.name}={path}")]
+    flags += ["--quantized-cache", str(made.base.parent / "quantized"), "--kv-cache-memory-bytes", "1GiB"]
+    flags += ["--adapter-dtype", "bfloat16", "--max-loras", "32"]
     with (
         serving(made.base, *flags) as server,
         httpx.Client(base_url=server.url, timeout=600) as client,
-        ThreadPoolExecutor(streams) as pool,
+        ThreadPoolExecutor(count) as pool,
     ):
-        for number in range(rounds + 1):  # the first reads the adapters, and is not counted
-            began, cpu = time.perf_counter(), time.process_time()
-            list(pool.map(lambda name: one(client, name), names))
-            if number:
-                rates.append(streams * tokens / (time.perf_counter() - began))
-                seconds.append(time.process_time() - cpu)
-    return statistics.median(rates), statistics.median(seconds)
+        streams = Streams(client, pool, names, made.shape.vocabulary)
+        streams.tokens_per_s(2)
+        streams.cpu_seconds.clear()
+        yield streams
