@@ -110,6 +110,7 @@ def test_a_run_over_a_tiny_shape_gives_every_figure(made, tmp_path, monkeypatch)
     lines = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
     timed = {(line["name"], *line["case"]) for line in lines if "case" in line}
     assert {
+        ("decode", "memory", 1),
         ("decode", "fp32", 1),
         ("decode", "bitsandbytes-float32", 16),
         ("adapters", "zipf", 16),
