@@ -48,6 +48,14 @@ def test_the_newest_run_that_came_to_its_end(keep, tmp_path):
     assert (tmp_path / "performance-cpu.svg").exists()
 
 
+def test_the_picture_has_a_contestant_with_and_without_adapters(keep, tmp_path):
+    keep("cpu", "one", TIMED | {"case": ["fp32", 1]}, TIMED | {"name": "mixed"}, figure(5.5))
+    report.rewritten(PAGE.read_text())
+    drawn = (tmp_path / "performance-cpu.svg").read_text()
+    assert "<!-- fp32 -->" in drawn
+    assert "<!-- fp32, own adapters -->" in drawn
+
+
 def test_a_column_for_each_machine(keep):
     old, new = {"machine": "old x2"}, {"machine": "new x2"}
     short = figure(1.2) | {"status": "short"}
