@@ -100,7 +100,7 @@ def test_a_run_over_a_tiny_shape_gives_every_figure(made, tmp_path, monkeypatch)
     monkeypatch.setattr(cpu, "READ_FLOATS", 10_000)
     with ExitStack() as stack:
         results = Results("cpu", "make bench-cpu", 0)
-        bench = Bench(made, tmp_path, Plan(1, 1, 4, 3, 8, (1, 16), 16), results, stack)
+        bench = Bench(made, tmp_path, Plan(1, 1, 4, 3, 1, 8, (1, 16), 16), results, stack)
         bench.run()
     status = {figure.name: figure.status for figure in bench.figures}
     assert len(status) == len(bench.figures)
