@@ -8,21 +8,14 @@ from __future__ import annotations
 
 import math
 import mmap
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """`torch.zeros`; on the CPU from an anonymous mapping, which the system fills with zeros page by page.
-
-    Large pages are asked for: a step reads short runs from many places, and looking up where each lies takes long.
-    """
+    """`torch.zeros`; on the CPU from an anonymous mapping, which the system fills with zeros page by page."""
     if torch.device(device).type != "cpu" or math.prod(shape) == 0:
         return torch.zeros(shape, dtype=dtype, device=device)
     mapping = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)  # the tensor keeps it alive
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            mapping.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(mapping, dtype=dtype).view(shape)
