@@ -20,7 +20,7 @@ from kernels.cpu import operations
 from kernels.cpu.library import Library, load
 from kernels.segments import FlatSegments, Segment, Span, Spans
 from server.startup import keep_large_blocks
-from tests.bench.products import read_speed, seconds
+from tests.bench.timing import read_bandwidth, seconds
 
 SITES = [(2048, (2048, 512, 512)), (2048, (2048,)), (2048, (8192, 8192)), (8192, (2048,))]
 LAYERS, COPIES, TURNS = 16, 4, 7  # copies of a layer, so that caches do not hold it
@@ -128,8 +128,8 @@ def main() -> None:
     asked = parser.parse_args()
     keep_large_blocks()
     library = load(asked.isa)
-    speed = read_speed(asked.threads)
     torch.set_num_threads(asked.threads)
+    speed = read_bandwidth()
     print(f"{library.instruction_set}, {asked.threads} threads, memory {speed / 1e9:.1f} GB/s")
     print(f"{'milliseconds for 16 layers':<44} {'ours':>9} {'plain':>9} {'ratio':>7} {'of memory':>10}")
     for dtype in DTYPES:

@@ -33,11 +33,11 @@ from tests.bench.contestants import PREFILL, Apart, Ours, Peft
 from tests.bench.figures import Figure, Results, Want
 from tests.bench.http import streams_over_http
 from tests.bench.random_llama import Checkpoint, Shape, checkpoint
+from tests.bench.timing import read_bandwidth
 
 SEED = 0
 FEWEST = 3  # steps of those who need seconds for each, or a run takes more than its quarter of an hour
 SLOW = 2.0  # seconds for 64 tokens of a prompt; who needs more than that needs seconds for a step of sixteen
-READ_FLOATS = 400_000_000  # 1.6 GB: no cache holds it
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,6 @@ def after(first: Callable[[], object], measure: Measure) -> Measure:
         return measure()
 
     return measured
-
-
-def read_bandwidth() -> float:
-    """Bytes per second: the best of five reads of a vector that no cache holds, on all threads."""
-    vector = torch.ones(READ_FLOATS)
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        vector.sum()
-        best = min(best, time.perf_counter() - began)
-    return vector.nbytes / best
 
 
 class Bench:
@@ -180,7 +169,7 @@ class Bench:
 
     def _over_base(self, adapters: Adapters) -> float:
         """A step with these adapters, as a multiple of the base's just before and after it."""
-        ours, base = self.ours["fp32"], popularity("base", len(adapters), 0)
+        ours, base = self.ours["fp32"], [None] * len(adapters)
         before, step, after = (ours.decode(each, self.plan.few) for each in (base, adapters, base))
         return 2 * step / (before + after)
 

@@ -9,7 +9,6 @@ which other processes on the machine disturb less.
 
 import argparse
 import statistics
-import time
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -18,6 +17,7 @@ from torch import nn
 from kernels.cpu.library import load
 from server.model.linear import FourBitLinear, PackedLinear
 from server.startup import keep_large_blocks
+from tests.bench.timing import read_bandwidth, seconds
 
 SHAPES = [(8192, 2048), (2048, 8192)]
 ROWS = [1, 4, 16, 64, 256]
@@ -32,20 +32,6 @@ def module(out: int, inside: int, dtype: torch.dtype) -> Linear4bit:
     return held.to("cpu").eval()
 
 
-def seconds(function, x) -> float:
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    began = clock()
-    function(x)
-    return clock() - began
-
-
-def read_speed(threads: int) -> float:
-    """Bytes a second, the best of five sums over 1.5 GB."""
-    torch.set_num_threads(threads)
-    data = torch.ones(1 << 27, dtype=torch.float32).repeat(3)
-    return max(data.nbytes / seconds(torch.sum, data) for _ in range(5))
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -54,9 +40,9 @@ def main() -> None:
     asked = parser.parse_args()
     keep_large_blocks()
     library = load(asked.isa)
-    speed = read_speed(asked.threads)
-    print(f"{library.instruction_set}, {asked.threads} threads, memory {speed / 1e9:.1f} GB/s")
     torch.set_num_threads(asked.threads)
+    speed = read_bandwidth()
+    print(f"{library.instruction_set}, {asked.threads} threads, memory {speed / 1e9:.1f} GB/s")
     heads = ["ours", "bnb f32", "bnb bf16", "plain"]
     print(f"{'out x in':>14} {'rows':>4} " + " ".join(f"{head:>8}" for head in heads) + "  ratio  floor")
     for out, inside in SHAPES:

@@ -10,7 +10,7 @@ import torch
 from demo.grammar import ADAPTERS
 from kernels.cpu.library import load
 from server.model.linear import LoRALinear, ModuleLinear
-from tests.bench import cpu, int8_quality
+from tests.bench import int8_quality
 from tests.bench.contestants import Ours
 from tests.bench.cpu import Bench, Plan, in_turn, int8_reason, popularity
 from tests.bench.figures import Figure, Results
@@ -97,7 +97,7 @@ INT8 = {
 
 def test_a_run_over_a_tiny_shape_gives_every_figure(made, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.bench.figures.RESULTS", tmp_path)
-    monkeypatch.setattr(cpu, "READ_FLOATS", 10_000)
+    monkeypatch.setattr("tests.bench.timing.READ_FLOATS", 10_000)
     with ExitStack() as stack:
         results = Results("cpu", "make bench-cpu", 0)
         bench = Bench(made, tmp_path, Plan(1, 1, 4, 3, 1, 8, (1, 16), 16), results, stack)
