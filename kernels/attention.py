@@ -67,6 +67,7 @@ def _attention_kernel(
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
+    """A tile's keys are cut into parts, which its programs take in turns; the last to end puts all together."""
     portable.wait_for_earlier(EARLY)
     tile = tl.program_id(0)
     lane = tl.program_id(2)
@@ -78,17 +79,7 @@ def _attention_kernel(
     count = tl.load(record + 1) - first_row
     before = tl.load(record + 2)
     visible = before + count
-    first_key = 0
-    if WINDOW > 0:
-        first_key = tl.maximum(before - WINDOW + 1, 0)
-    if PART > 0:
-        length = PART
-        first_key = first_key // PART * PART
-        slot = tl.load(record + 3)
-    else:
-        first_key = first_key // KEYS * KEYS
-        length = tl.maximum(tl.cdiv(tl.cdiv(visible - first_key, splits), KEYS) * KEYS, _LEAST_PART)
-        slot = tile * splits * QUERIES
+    first_key, length, slot = _cut(record, tile, splits, before, visible, QUERIES, KEYS, PART, WINDOW)
     parts = tl.cdiv(visible - first_key, length)
     sharers = tl.maximum(tl.minimum(parts, splits), 1)
     if lane >= sharers:
@@ -110,21 +101,9 @@ def _attention_kernel(
     blocks = plan + HEAD + rows * RECORD + tl.load(record + 4)
     keys_at = k_cache + kv_head * K_WIDTH
     values_at = v_cache + kv_head * V_WIDTH
-
-    if sinks is None:
-        highest = tl.full((HEIGHT,), _FAR_BELOW, tl.float32)
-        total = tl.zeros((HEIGHT,), tl.float32)
-    else:
-        highest = tl.load(sinks + head, mask=mine, other=0.0).to(tl.float32)
-        total = tl.full((HEIGHT,), 1.0, tl.float32)
-    summed = tl.zeros((HEIGHT, V_ROOM), tl.float32)
-    v_place = tl.arange(0, V_ROOM)
-    inside = mine[:, None] & (v_place < V_WIDTH)[None, :]
-    # each query has a line per part, and each of its heads a place in it: the sum, the maximum and the total
-    ROOM: tl.constexpr = V_WIDTH + 4
+    highest, total, summed = _nothing_seen(sinks, head, mine, HEIGHT, V_ROOM)
     lines = ((slot + query) * tl.num_programs(1) + tl.program_id(1)) * HEADS + each % HEADS
     step = count * tl.num_programs(1) * HEADS
-
     if PART == 0 and not SHARED:
         highest, total, summed = _attend(
             highest, total, summed, queries, keys_at, values_at, blocks, at, first_key, visible, scale, softcap,
@@ -133,37 +112,72 @@ def _attention_kernel(
     else:
         for part in range(lane, parts, splits):
             low = first_key + part * length
-            part_highest, part_total, part_summed = _attend(
-                tl.full((HEIGHT,), _FAR_BELOW, tl.float32),
-                tl.zeros((HEIGHT,), tl.float32),
-                tl.zeros((HEIGHT, V_ROOM), tl.float32),
-                queries, keys_at, values_at, blocks, at, low, tl.minimum(low + length, visible), scale, softcap,
-                KV_HEADS, K_WIDTH, V_WIDTH, BLOCK_SIZE, KEYS, WINDOW, CAPPED, STAGES,
+            of_part = _nothing_seen(None, head, mine, HEIGHT, V_ROOM)
+            of_part = _attend(
+                *of_part, queries, keys_at, values_at, blocks, at, low, tl.minimum(low + length, visible),
+                scale, softcap, KV_HEADS, K_WIDTH, V_WIDTH, BLOCK_SIZE, KEYS, WINDOW, CAPPED, STAGES,
             )  # fmt: skip
             if SHARED:
-                line = planes + (lines + part * step).to(tl.int64) * ROOM
-                tl.store(line[:, None] + v_place[None, :], part_summed, mask=inside)
-                tl.store(line + V_WIDTH, part_highest, mask=mine)
-                tl.store(line + V_WIDTH + 1, part_total, mask=mine)
+                _store_part(planes, lines + part * step, mine, *of_part, V_WIDTH)
             else:
-                highest, total, summed = _merge(highest, total, summed, part_highest, part_total, part_summed)
+                highest, total, summed = _merge(highest, total, summed, *of_part)
     if SHARED:
         tl.debug_barrier()
         counter = counters + tile * tl.num_programs(1) + tl.program_id(1)
         if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") < sharers - 1:
             return
         for part in range(parts):
-            line = planes + (lines + part * step).to(tl.int64) * ROOM
-            part_summed = tl.load(line[:, None] + v_place[None, :], mask=inside, other=0.0)
-            part_highest = tl.load(line + V_WIDTH, mask=mine, other=0.0)
-            part_total = tl.load(line + V_WIDTH + 1, mask=mine, other=0.0)
-            highest, total, summed = _merge(highest, total, summed, part_highest, part_total, part_summed)
+            of_part = _load_part(planes, lines + part * step, mine, V_WIDTH, V_ROOM)
+            highest, total, summed = _merge(highest, total, summed, *of_part)
         tl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
     result = summed / tl.where(total > 0, total, 1.0)[:, None]
     row = (first_row + query)[:, None].to(tl.int64) * (KV_HEADS * GROUP) + head[:, None]
-    tl.store(
-        out + row * V_WIDTH + v_place[None, :], portable.narrow(result, out.dtype.element_ty), mask=inside
-    )
+    v_place = tl.arange(0, V_ROOM)
+    there = out + row * V_WIDTH + v_place[None, :]
+    inside = mine[:, None] & (v_place < V_WIDTH)[None, :]
+    tl.store(there, portable.narrow(result, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _cut(
+    record: tl.tensor,
+    tile: tl.tensor,
+    splits: tl.tensor,
+    before: tl.tensor,
+    visible: tl.tensor,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    PART: tl.constexpr,
+    WINDOW: tl.constexpr,
+) -> tl.tuple:
+    """How a tile's keys are cut: the first key, the length of a part, and the first query's line in the planes."""
+    first_key = 0
+    if WINDOW > 0:
+        first_key = tl.maximum(before - WINDOW + 1, 0)
+    if PART > 0:
+        return first_key // PART * PART, PART, tl.load(record + 3)
+    else:
+        first_key = first_key // KEYS * KEYS
+        length = tl.maximum(tl.cdiv(tl.cdiv(visible - first_key, splits), KEYS) * KEYS, _LEAST_PART)
+        return first_key, length, tile * splits * QUERIES
+
+
+@triton.jit
+def _nothing_seen(
+    sinks: tl.tensor,  # [query heads] or None
+    head: tl.tensor,  # [HEIGHT]
+    mine: tl.tensor,  # [HEIGHT]
+    HEIGHT: tl.constexpr,
+    V_ROOM: tl.constexpr,
+) -> tl.tuple:
+    """The maximum, total and weighted sum before any key: those of the sinks, which have no value."""
+    if sinks is None:
+        highest = tl.full((HEIGHT,), _FAR_BELOW, tl.float32)
+        total = tl.zeros((HEIGHT,), tl.float32)
+    else:
+        highest = tl.load(sinks + head, mask=mine, other=0.0).to(tl.float32)
+        total = tl.full((HEIGHT,), 1.0, tl.float32)
+    return highest, total, tl.zeros((HEIGHT, V_ROOM), tl.float32)
 
 
 @triton.jit
@@ -238,6 +252,42 @@ def _merge(
     taken = tl.exp(part_highest - new_highest)
     total = total * kept + part_total * taken
     return new_highest, total, summed * kept[:, None] + part_summed * taken[:, None]
+
+
+@triton.jit
+def _store_part(
+    planes: tl.tensor,
+    lines: tl.tensor,  # [HEIGHT]
+    mine: tl.tensor,  # [HEIGHT]
+    highest: tl.tensor,
+    total: tl.tensor,
+    summed: tl.tensor,
+    V_WIDTH: tl.constexpr,
+) -> None:
+    """A line has the sum, the maximum and the total of a query's head over a part."""
+    line = planes + lines.to(tl.int64) * (V_WIDTH + 4)
+    v_place = tl.arange(0, summed.shape[1])
+    tl.store(line[:, None] + v_place[None, :], summed, mask=mine[:, None] & (v_place < V_WIDTH)[None, :])
+    tl.store(line + V_WIDTH, highest, mask=mine)
+    tl.store(line + V_WIDTH + 1, total, mask=mine)
+
+
+@triton.jit
+def _load_part(
+    planes: tl.tensor,
+    lines: tl.tensor,  # [HEIGHT]
+    mine: tl.tensor,  # [HEIGHT]
+    V_WIDTH: tl.constexpr,
+    V_ROOM: tl.constexpr,
+) -> tl.tuple:
+    """What `_store_part` stored."""
+    line = planes + lines.to(tl.int64) * (V_WIDTH + 4)
+    v_place = tl.arange(0, V_ROOM)
+    inside = mine[:, None] & (v_place < V_WIDTH)[None, :]
+    summed = tl.load(line[:, None] + v_place[None, :], mask=inside, other=0.0)
+    highest = tl.load(line + V_WIDTH, mask=mine, other=0.0)
+    total = tl.load(line + V_WIDTH + 1, mask=mine, other=0.0)
+    return highest, total, summed
 
 
 def attention(
