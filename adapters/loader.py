@@ -55,11 +55,6 @@ class Loader:
         self._closed = False
 
     @property
-    def loads(self) -> int:
-        """Reads that ended well."""
-        return self.load_seconds.count
-
-    @property
     def failures(self) -> int:
         """Reads that did not."""
         return self._failures

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from adapters.errors import Finding
 from adapters.findings import Findings, short
-from adapters.peft_patterns import Pattern, compile_patterns, first_match, is_number
+from adapters.peft_patterns import Pattern, compile_patterns, first_match, is_number, is_rank
 
 CONFIG_FILE = "adapter_config.json"
 CONFIG_BYTES = 8 * 1024 * 1024  # peft writes a few kilobytes; with every module by name, a few hundred
@@ -64,6 +64,7 @@ CONVERSION = (
     "which gives a plain LoRA"
 )
 
+RANK, NUMBER = "a whole number above 0", "a finite number"
 PATTERN_SECONDS = 5.0  # for all patterns on all names
 
 
@@ -126,12 +127,16 @@ def parse_config(data: bytes, findings: Findings) -> PeftConfig | None:
         return None
     _check_features(raw, findings)
     base_model = raw.get("base_model_name_or_path")
+    rank, alpha = raw.get("r", DEFAULT_RANK), raw.get("lora_alpha", DEFAULT_ALPHA)
+    for key, value, valid, wanted in (("r", rank, is_rank, RANK), ("lora_alpha", alpha, is_number, NUMBER)):
+        if not valid(value):
+            findings.invalid(key, Finding(f"{CONFIG_FILE}: {key}", f"is {short(value)}, not {wanted}"))
     return PeftConfig(
-        rank=int(_number(raw, "r", DEFAULT_RANK, findings, whole=True)),
-        alpha=_number(raw, "lora_alpha", DEFAULT_ALPHA, findings),
+        rank=rank if is_rank(rank) else DEFAULT_RANK,
+        alpha=float(alpha) if is_number(alpha) else DEFAULT_ALPHA,
         rslora=bool(raw.get("use_rslora", False)),
-        rank_pattern=compile_patterns(CONFIG_FILE, raw, "rank_pattern", findings, whole=True),
-        alpha_pattern=compile_patterns(CONFIG_FILE, raw, "alpha_pattern", findings),
+        rank_pattern=compile_patterns(CONFIG_FILE, raw, "rank_pattern", is_rank, RANK, findings),
+        alpha_pattern=compile_patterns(CONFIG_FILE, raw, "alpha_pattern", is_number, NUMBER, findings),
         base_model=_sound(base_model)[:BASE_MODEL] if isinstance(base_model, str) else "",
     )
 
@@ -159,17 +164,6 @@ def _check_features(raw: Mapping[str, Any], findings: Findings) -> None:
             f"{short(init)} changed the base's weights at the start of training, so this base is another one"
         )
         findings.unsupported("init", Finding(f"{CONFIG_FILE}: init_lora_weights", problem, CONVERSION))
-
-
-def _number(
-    raw: Mapping[str, Any], key: str, default: float, findings: Findings, whole: bool = False
-) -> float:
-    value = raw.get(key, default)
-    if is_number(value, whole):
-        return float(value)
-    wanted = "a whole number above 0" if whole else "a finite number"
-    findings.invalid(key, Finding(f"{CONFIG_FILE}: {key}", f"is {short(value)}, not {wanted}"))
-    return default
 
 
 def _sound(text: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,19 +29,25 @@ class Pattern:
     value: float
 
 
-def is_number(value: object, whole: bool) -> bool:
-    """Whether a setting is a finite number; a whole one must be above zero."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    if whole:
-        return isinstance(value, int) and 0 < value < 2**31
-    return abs(value) < 1e30
+def is_rank(value: object) -> bool:
+    """Whether a setting is a whole number above zero."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def is_number(value: object) -> bool:
+    """Whether a setting is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def compile_patterns(
-    file: str, raw: Mapping[str, Any], key: str, findings: Findings, whole: bool = False
+    file: str,
+    raw: Mapping[str, Any],
+    key: str,
+    valid: Callable[[object], bool],
+    wanted: str,
+    findings: Findings,
 ) -> tuple[Pattern, ...]:
-    """The table `key` of a config; what is wrong with an entry is a finding."""
+    """The table `key` of a config; an entry whose value is not `valid`, or else wrong, is a finding."""
     table = raw.get(key) or {}
     if not isinstance(table, dict):
         findings.invalid(key, Finding(f"{file}: {key}", f"is {short(table)}, not a JSON object"))
@@ -49,8 +55,8 @@ def compile_patterns(
     found: list[Pattern] = []
     for text, value in table.items():
         where = f"{file}: {key}[{short(text)}]"
-        if not is_number(value, whole):
-            findings.invalid(key, Finding(where, f"is {short(value)}, not a {'rank' if whole else 'number'}"))
+        if not valid(value):
+            findings.invalid(key, Finding(where, f"is {short(value)}, not {wanted}"))
             continue
         if len(text) > 512 or _steps(text) > PATTERN_STEPS:
             findings.invalid(key, Finding(where, "takes too long to match", "write module names as keys"))

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from adapters.adapter import Adapter
     from adapters.appraiser import Appraiser
 
-__all__ = ["Entry", "Put", "Reference", "Registry", "Version"]
-
 DEFAULT_MAX_BYTES = 2 * 1024**3
 DEFAULT_KEEP_VERSIONS = 5
 

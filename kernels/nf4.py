@@ -15,8 +15,7 @@ from torch import Tensor
 
 from kernels.lookup import CONSTRAINTS, Half, assembly
 from kernels.lora import CHUNK, GRANULE, STEP, Deltas, add_jobs, shrink, shrink_tiles
-from kernels.nf4_decode import NF4Weight as NF4Weight
-from kernels.nf4_decode import dequantize_into
+from kernels.nf4_decode import NF4Weight, dequantize_into
 from kernels.portable import dot, early, look_up, narrow, wait_for_earlier
 from kernels.tiles import BUCKETS, CROSSOVER_ROWS, FIXED_ROWS, Tile, processors, tile_for
 from kernels.workspace import Workspace

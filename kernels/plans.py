@@ -187,6 +187,7 @@ class AttentionPlan:
         lines: int,
     ) -> AttentionPlan:
         """The plan in a device buffer; `tiles` and `lines` as `fill` gave them, or the bucket's most in a graph."""
+        assert len(buffer) >= ATTENTION_HEAD + rows * ATTENTION_RECORD
         return cls(buffer, rows, tiles, lines, queries, block_size)
 
 

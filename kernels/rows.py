@@ -237,7 +237,7 @@ def rotate(
 ) -> Tensor:  # [rows, heads, width] as x
     """`x * cos + rotate_half(x) * sin` (Su et al. 2021, RoPE)."""
     y = x.new_empty(x.shape)
-    _launch(len(x), y, x, None, None, None, None, cos, sin, None)
+    _launch(len(x), y=y, q=x, cos=cos, sin=sin)
     return y
 
 
@@ -250,7 +250,7 @@ def write_kv(
     rows: int,
 ) -> None:
     """`cache[kv_index[t]] = k[t]` and the same of v, for the first `rows` rows."""
-    _launch(rows, None, None, k, v, k_cache, v_cache, None, None, kv_index)
+    _launch(rows, k=k, v=v, k_cache=k_cache, v_cache=v_cache, kv_index=kv_index)
 
 
 def rotate_and_write(
@@ -265,21 +265,22 @@ def rotate_and_write(
 ) -> Tensor:  # [rows, query heads, k width] as q
     """The queries turned, and the turned keys and the values written: `rotate` twice and `write_kv` in one launch."""
     y = q.new_empty(q.shape)
-    _launch(len(q), y, q, k, v, k_cache, v_cache, cos, sin, kv_index)
+    _launch(len(q), y=y, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin, kv_index=kv_index)
     return y
 
 
 def _launch(
     rows: int,
-    y: Tensor | None,
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    k_cache: Tensor | None,
-    v_cache: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    kv_index: Tensor | None,
+    *,
+    y: Tensor | None = None,
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    kv_index: Tensor | None = None,
 ) -> None:
     q, k, v = (None if heads is None else _dense(heads) for heads in (q, k, v))
     q_heads, q_width = (0, 0) if q is None else q.shape[1:]

@@ -17,7 +17,7 @@ from server.engine.sequence import EngineStats
 from server.serving import Served, Serving
 
 if TYPE_CHECKING:
-    from adapters.registry import Entry
+    from adapters.entry import Entry
 
 Values = Mapping[str, tuple[str, float]]  # name to (what it is, value)
 
@@ -49,17 +49,17 @@ def _engine(stats: EngineStats) -> Iterator[Metric]:
             "kv_blocks_used": ("KV blocks in use.", stats.kv_blocks_used),
             "kv_blocks_total": ("KV blocks there are.", stats.kv_blocks_total),
             "kv_usage_ratio": ("Share of KV blocks in use.", _kv_share(stats)),
-            "batch_sequences": ("Sequences in the last step.", stats.last_batch_sequences),
-            "batch_adapters": ("Distinct adapters in the last step.", stats.last_batch_adapters),
+            "batch_sequences": ("Sequences in the last step.", stats.counts.last_sequences),
+            "batch_adapters": ("Distinct adapters in the last step.", stats.counts.last_adapters),
         }
     )
     yield from _counters(
         {
-            "steps": ("Forward passes.", stats.steps),
-            "prefill_steps": ("Forward passes with prompt tokens in them.", stats.prefill_steps),
-            "prefill_tokens": ("Prompt tokens computed.", stats.prefill_tokens),
-            "decode_tokens": ("Tokens computed in decode.", stats.decode_tokens),
-            "generated_tokens": ("Tokens sampled.", stats.generated_tokens),
+            "steps": ("Forward passes.", stats.counts.steps),
+            "prefill_steps": ("Forward passes with prompt tokens in them.", stats.counts.prefill_steps),
+            "prefill_tokens": ("Prompt tokens computed.", stats.counts.prefill_tokens),
+            "decode_tokens": ("Tokens computed in decode.", stats.counts.decode_tokens),
+            "generated_tokens": ("Tokens sampled.", stats.counts.generated_tokens),
             "prefix_tokens": ("Prompt tokens of admitted sequences.", stats.prefix_tokens),
             "prefix_hits": ("Of these, tokens that were not computed again.", stats.prefix_hits),
             "preemptions": ("Sequences that gave back their blocks and started again.", stats.preemptions),
@@ -70,8 +70,8 @@ def _engine(stats: EngineStats) -> Iterator[Metric]:
         "Seconds spent in steps; phase is prefill with prompt tokens in them, else decode.",
         labels=["phase"],
     )
-    seconds.add_metric(["prefill"], stats.prefill_step_seconds)
-    seconds.add_metric(["decode"], stats.step_seconds - stats.prefill_step_seconds)
+    seconds.add_metric(["prefill"], stats.counts.prefill_seconds)
+    seconds.add_metric(["decode"], stats.counts.seconds - stats.counts.prefill_seconds)
     yield seconds
 
 
@@ -157,8 +157,8 @@ def _interop(stats: EngineStats, base: str) -> Iterator[Metric]:
         gauge.add_metric(list(labels.values()), value)
         yield gauge
     totals = {
-        "vllm:prompt_tokens": stats.prefill_tokens,
-        "vllm:generation_tokens": stats.generated_tokens,
+        "vllm:prompt_tokens": stats.counts.prefill_tokens,
+        "vllm:generation_tokens": stats.counts.generated_tokens,
         "vllm:prefix_cache_queries": stats.prefix_tokens,
         "vllm:prefix_cache_hits": stats.prefix_hits,
         "vllm:num_preemptions": stats.preemptions,

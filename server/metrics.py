@@ -36,33 +36,41 @@ PHASE_BUCKETS = (0.001, 0.005, 0.02, *E2E_BUCKETS)
 TOKEN_BUCKETS = tuple(2.0**power for power in range(18))
 ADAPTER_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)  # few: once per adapter
 
-INTEROP = {
-    "vllm:time_to_first_token_seconds": ("From submission to a sequence's first token.", TTFT_BUCKETS),
-    "vllm:inter_token_latency_seconds": ("Between tokens of a sequence.", ITL_BUCKETS),
-    "vllm:request_time_per_output_token_seconds": (
-        "A sequence's mean time between its tokens.",
-        ITL_BUCKETS,
-    ),
-    "vllm:e2e_request_latency_seconds": ("From submission to a sequence's end.", E2E_BUCKETS),
-    "vllm:request_queue_time_seconds": ("From arrival in the engine to the first step.", PHASE_BUCKETS),
-    "vllm:request_prefill_time_seconds": ("From the first step to the first token.", PHASE_BUCKETS),
-    "vllm:request_decode_time_seconds": ("From the first token to the last.", PHASE_BUCKETS),
-    "vllm:request_prompt_tokens": ("A sequence's prompt tokens.", TOKEN_BUCKETS),
-    "vllm:request_generation_tokens": ("A sequence's generated tokens.", TOKEN_BUCKETS),
-}
-
 
 class Interop:
     """The vllm:* histograms and counters of one base, with their labels looked up once."""
 
     def __init__(self, registry: CollectorRegistry, base: str) -> None:
         labels = {"model_name": base, "engine": "0"}
-        made = [
-            Histogram(name, text, [*labels], buckets=buckets, registry=registry).labels(**labels)
-            for name, (text, buckets) in INTEROP.items()
-        ]
-        self.first_token, self.between, self.per_token, self.whole = made[:4]
-        self.queue, self.prefill, self.decode, self.prompt, self.generated = made[4:]
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(f"vllm:{name}", text, [*labels], buckets=buckets, registry=registry).labels(
+                **labels
+            )
+
+        self.first_token = histogram(
+            "time_to_first_token_seconds", "From submission to a sequence's first token.", TTFT_BUCKETS
+        )
+        self.between = histogram("inter_token_latency_seconds", "Between tokens of a sequence.", ITL_BUCKETS)
+        self.per_token = histogram(
+            "request_time_per_output_token_seconds", "A sequence's mean time between its tokens.", ITL_BUCKETS
+        )
+        self.whole = histogram(
+            "e2e_request_latency_seconds", "From submission to a sequence's end.", E2E_BUCKETS
+        )
+        self.queue = histogram(
+            "request_queue_time_seconds", "From arrival in the engine to the first step.", PHASE_BUCKETS
+        )
+        self.prefill = histogram(
+            "request_prefill_time_seconds", "From the first step to the first token.", PHASE_BUCKETS
+        )
+        self.decode = histogram(
+            "request_decode_time_seconds", "From the first token to the last.", PHASE_BUCKETS
+        )
+        self.prompt = histogram("request_prompt_tokens", "A sequence's prompt tokens.", TOKEN_BUCKETS)
+        self.generated = histogram(
+            "request_generation_tokens", "A sequence's generated tokens.", TOKEN_BUCKETS
+        )
         ended = Counter(
             "vllm:request_success",
             "Sequences by how they ended.",

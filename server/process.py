@@ -134,7 +134,8 @@ class Life:
             self._load(self._settings, serving)
             leave_steps_alone(loop)  # not before: loading wants all threads
         except Exception as error:
-            logger.debug("loading failed", exc_info=error)
+            foreseen = _ours(error) or isinstance(error, OSError)  # its own line says what to do
+            logger.log(logging.DEBUG if foreseen else logging.ERROR, "loading failed", exc_info=error)
             serving.detail = _reason(error)
             serving.phase = "failed"
 
@@ -265,8 +266,11 @@ def _who_may(settings: Settings) -> str:
 def _reason(error: Exception) -> str:
     """An exception in one line."""
     text = " ".join(str(error).split()) or "no message"
-    ours = type(error).__module__.startswith(("server.", "adapters."))
-    return text if ours else f"{type(error).__name__}: {text}"
+    return text if _ours(error) else f"{type(error).__name__}: {text}"
+
+
+def _ours(error: Exception) -> bool:
+    return type(error).__module__.startswith(("server.", "adapters."))
 
 
 def _log_to_stderr(level: str) -> None:

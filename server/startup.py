@@ -159,7 +159,6 @@ def _cuda_kernels(settings: Settings, device: torch.device) -> Kernels:
     """Triton's; with `--linear-backend bitsandbytes` for all but the products with quantized weights."""
     try:
         from kernels.portable import check_launches
-        from server.model.cuda import cuda_kernels
 
         check_launches()
     except Exception as error:  # no Triton, or whatever it misses: it compiles at run time
@@ -168,6 +167,8 @@ def _cuda_kernels(settings: Settings, device: torch.device) -> Kernels:
             raise SettingsError(f"--batch-invariant cannot be had on a GPU without Triton: {why}") from error
         logger.warning("no Triton kernels, so plain PyTorch serves, much slower: %s", why)
         return plain()
+    from server.model.cuda import cuda_kernels
+
     return cuda_kernels(device, fixed=settings.batch_invariant)
 
 
@@ -235,7 +236,6 @@ def assemble(
     engine = Engine(
         make_runner(settings, servable, cache, plan),
         scheduler,
-        residency,
         max_queued=settings.max_queued_requests,
         threads=settings.threads or default_threads(servable),
     )

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -62,14 +63,22 @@ def test_the_absence_of_compiled_kernels_is_said_once(monkeypatch, caplog):
 
 
 def test_without_triton_a_gpu_is_served_in_plain_pytorch_and_that_is_said_once(monkeypatch, caplog):
-    for name in ("triton", "kernels.nf4"):
+    for name in ("triton", "kernels.portable"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "server.model.cuda", raising=False)
     assert startup.choose_kernels(asked(), torch.device("cuda")).name is None
     (record,) = caplog.records
     assert "no Triton kernels" in record.message
     with pytest.raises(SettingsError, match="without Triton"):
         startup.choose_kernels(asked(batch_invariant=True), torch.device("cuda"))
+
+
+def test_a_mistake_in_our_kernels_is_not_taken_for_the_absence_of_triton(monkeypatch):
+    launches = ModuleType("kernels.portable")
+    launches.check_launches = lambda: None
+    monkeypatch.setitem(sys.modules, "kernels.portable", launches)
+    monkeypatch.setitem(sys.modules, "server.model.cuda", None)
+    with pytest.raises(ImportError, match=r"server\.model\.cuda"):
+        startup.choose_kernels(asked(), torch.device("cuda"))
 
 
 def test_bitsandbytes_products_are_not_batch_invariant():

@@ -26,7 +26,7 @@ from server.errors import ContentTypeError, InvalidRequestError
 from server.serving import Edge, EdgeOf, Served
 
 if TYPE_CHECKING:
-    from adapters.registry import Entry, Put
+    from adapters.entry import Entry, Put
 
 logger = logging.getLogger(__name__)
 

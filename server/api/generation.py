@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from server.api.schemas.generation import Body
 from server.engine.sequence import Finished, FinishReason, Logprobs, PromptLogprobs, Sampling, Submit, Token
-from server.errors import ContextLengthError, InvalidRequestError, NotReadyError, QueueFullError
+from server.errors import ContextLengthError, InvalidRequestError, QueueFullError
 from server.metrics import Ending, Metrics, Outcome, TokenClock
 from server.serving import Served
 from server.text.tokenizer import IncrementalDetokenizer, StopChecker, Tokenizer
@@ -338,8 +338,6 @@ async def _pieces(
                         return
                     if transcript.has_text:
                         yield transcript.take()
-                case Finished(reason="abort"):
-                    raise NotReadyError("the server stopped before the completion had ended")
                 case Finished(reason=reason):
                     transcript.end()
                     if transcript.stop is not None:

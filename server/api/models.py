@@ -13,7 +13,7 @@ from server.errors import InvalidRequestError, ModelNotFoundError
 from server.serving import Edge, EdgeOf, Served
 
 if TYPE_CHECKING:
-    from adapters.registry import Entry
+    from adapters.entry import Entry
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -20,7 +20,7 @@ import torch
 from adapters.threads import compute_on
 from server.engine.batch import Inputs, in_row_order
 from server.engine.sampler import Drawn, Known, Pick, draw
-from server.engine.scheduler import Residency, Scheduled, Scheduler
+from server.engine.scheduler import Scheduled, Scheduler
 from server.engine.sequence import (
     Abort,
     Command,
@@ -32,6 +32,7 @@ from server.engine.sequence import (
     Forget,
     PromptLogprobs,
     Sequence,
+    StepCounts,
     Stop,
     Submit,
     Token,
@@ -98,21 +99,6 @@ def _put_all(pairs: list[tuple[_Queue, Event]]) -> None:
         events.put_nowait(event)
 
 
-@dataclass(slots=True)
-class _Counters:
-    """What the engine has done since it started; written by its thread alone."""
-
-    steps: int = 0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    generated_tokens: int = 0
-    step_seconds: float = 0.0
-    prefill_steps: int = 0
-    prefill_step_seconds: float = 0.0
-    last_sequences: int = 0
-    last_adapters: int = 0
-
-
 class Engine:
     """Runs sequences of many adapters in shared steps."""
 
@@ -120,21 +106,20 @@ class Engine:
         self,
         runner: Runner | DeviceRunner,
         scheduler: Scheduler,
-        residency: Residency,
         *,
         max_queued: int,
         threads: int | None = None,
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
-        self.residency = residency
+        self.residency = scheduler.residency
         self.max_open = scheduler.limits.sequences + max_queued
         self._threads = threads
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._streams = Streams()
         self._inputs = Inputs(runner, scheduler)
         self._untold: list[Iterable[Event]] = []
-        self._counters = _Counters()
+        self._counts = StepCounts()  # written by the engine's thread alone
         self._thread = threading.Thread(target=self._loop, name="loraplex-engine", daemon=True)
         self._stopped = False
 
@@ -173,9 +158,9 @@ class Engine:
         events = self._streams.open(submit.request_id)
         event: Event | None = None
         try:
-            self._inbox.put(submit)
             if self._stopped:  # looked at only now: a loop that stops later tells every open stream
                 raise EngineDeadError("the engine has stopped; the server has to be started again")
+            self._inbox.put(submit)
             while not isinstance(event, Finished):
                 event = await events.get()
                 if isinstance(event, Failed):
@@ -199,11 +184,11 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Levels and counters as of now, from any thread."""
-        scheduler, pool, loader = self.scheduler, self.residency.pool, self.residency.loader
+        scheduler, pool = self.scheduler, self.residency.pool
         residents = pool.residents
         wanted = dict.fromkeys(sequence.generation for sequence in tuple(scheduler.waiting))
-        counters = self._counters
         return EngineStats(
+            counts=replace(self._counts),
             running=len(scheduler.running),
             waiting=max(0, len(self._streams) - len(scheduler.running)),
             kv_blocks_used=scheduler.blocks.used,
@@ -214,16 +199,6 @@ class Engine:
             resident=residents,
             waiting_for=tuple(each for each in wanted if each is not None and each not in residents),
             adapter_room=pool.room,
-            steps=counters.steps,
-            prefill_tokens=counters.prefill_tokens,
-            decode_tokens=counters.decode_tokens,
-            generated_tokens=counters.generated_tokens,
-            step_seconds=counters.step_seconds,
-            prefill_steps=counters.prefill_steps,
-            prefill_step_seconds=counters.prefill_step_seconds,
-            last_batch_sequences=counters.last_sequences,
-            last_batch_adapters=counters.last_adapters,
-            adapter_loads=loader.loads,
             adapter_copies=pool.load_seconds,
             adapter_evictions=pool.evictions,
             adapter_hits=self.residency.hits,
@@ -245,9 +220,9 @@ class Engine:
         try:
             idle = True
             while self._take_commands(wait=idle):
-                before = self._counters.steps
+                before = self._counts.steps
                 self._step()
-                idle = self._counters.steps == before  # only a command can change that now
+                idle = self._counts.steps == before  # only a command can change that now
         except BaseException:
             logger.exception("the engine stopped on an error it could not contain")
         finally:
@@ -341,7 +316,7 @@ class Engine:
             ends[sequence] = self._finish(sequence, "length")
         else:
             sequence.tokens.append(token_id)
-            self._counters.generated_tokens += 1
+            self._counts.generated_tokens += 1
             reason = sequence.finish_reason()
             if reason is not None:
                 ends[sequence] = self._finish(sequence, reason)
@@ -369,17 +344,17 @@ class Engine:
         return [Failed(s.request_id, AdapterRejectedError(error, param="adapter")) for s, error in rejected]
 
     def _count(self, batch: list[Scheduled], seconds: float) -> None:
-        counters = self._counters
-        counters.steps += 1
-        counters.step_seconds += seconds
+        counts = self._counts
+        counts.steps += 1
+        counts.seconds += seconds
         chunks = [item.count for item in batch if item.count > 1]
         if chunks:
-            counters.prefill_steps += 1
-            counters.prefill_step_seconds += seconds
-        counters.prefill_tokens += sum(chunks)
-        counters.decode_tokens += len(batch) - len(chunks)
-        counters.last_sequences = len(batch)
-        counters.last_adapters = len({item.sequence.generation for item in batch} - {None})
+            counts.prefill_steps += 1
+            counts.prefill_seconds += seconds
+        counts.prefill_tokens += sum(chunks)
+        counts.decode_tokens += len(batch) - len(chunks)
+        counts.last_sequences = len(batch)
+        counts.last_adapters = len({item.sequence.generation for item in batch} - {None})
 
 
 def _told(drawing: list[Sequence], drawn: Drawn, ends: dict[Sequence, Event]) -> Iterator[Event]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from adapters.tally import Tally
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +135,26 @@ class Failed:
 Event = PromptLogprobs | Token | Finished | Failed
 
 
+@dataclass(slots=True)
+class StepCounts:
+    """What all steps together have come to, and the size of the last one."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    prefill_steps: int = 0  # of these, with prompt tokens in them
+    prefill_seconds: float = 0.0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    generated_tokens: int = 0
+    last_sequences: int = 0
+    last_adapters: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters and levels of the engine, read at any time from any thread."""
 
+    counts: StepCounts
     running: int
     waiting: int
     kv_blocks_used: int
@@ -149,16 +165,6 @@ class EngineStats:
     resident: tuple[str, ...]  # generations on the device
     waiting_for: tuple[str, ...]  # generations of waiting sequences that are not on the device
     adapter_room: int  # adapters of one page per group that fit on the device together
-    steps: int
-    prefill_tokens: int
-    decode_tokens: int
-    generated_tokens: int
-    step_seconds: float
-    prefill_steps: int  # of these, with prompt tokens in them
-    prefill_step_seconds: float
-    last_batch_sequences: int
-    last_batch_adapters: int
-    adapter_loads: int  # generations read into host memory
     adapter_copies: Tally  # seconds of copies to the device
     adapter_evictions: int  # from the device
     adapter_hits: int  # sequences that started with their adapter on the device already

@@ -18,7 +18,7 @@ from adapters.page_copy import SitePages
 from kernels import attention as paged
 from kernels import lora, nf4, rows
 from kernels.lora import Deltas
-from kernels.nf4 import NF4Weight
+from kernels.nf4_decode import NF4Weight
 from kernels.tiles import BLOCK, FIXED_ROWS
 from kernels.workspace import Workspace
 from server.model.context import ForwardContext, StepPlans

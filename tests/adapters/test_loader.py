@@ -69,7 +69,7 @@ def test_get_never_waits_and_one_read_serves_all(loader, reads):
     assert reads.ready.acquire(timeout=WAIT)
     assert loader.get("a").generation == "a"
     assert reads.calls == ["a"]
-    assert loader.loads == 1
+    assert loader.load_seconds.count == 1
     loader.check()
 
 

@@ -214,7 +214,7 @@ def test_the_base_models_name_is_cut():
 
 @pytest.mark.parametrize("value", [0, -4, "8", None, True, 2.5])
 def test_pattern_ranks_are_whole_numbers(value):
-    assert "not a rank" in str(refused(rank_pattern={"q_proj": value}))
+    assert "not a whole number above 0" in str(refused(rank_pattern={"q_proj": value}))
 
 
 def test_a_pattern_table_is_an_object():

@@ -168,7 +168,7 @@ class Engine:
             item.sequence.blocks = array("i")
             assert scheduler.blocks.extend(item.sequence.blocks, -(-context // BLOCK))
             scheduler.running.append(item.sequence)
-        return Serving(self.runner, scheduler, self.pages, max_queued=0)  # type: ignore[arg-type]
+        return Serving(self.runner, scheduler, max_queued=0)  # type: ignore[arg-type]
 
     def prompt(self, adapter: int | None, tokens: int) -> StepInputs:
         """A prompt read whole, in one step, its last row's logits wanted."""

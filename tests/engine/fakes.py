@@ -157,7 +157,6 @@ class FakeLoader:
         self.reading: list[str] = []
         self.failed: set[str] = set()
         self.line: list[str] = []
-        self.loads = 0
 
     def line_up(self, generations):
         self.line = list(generations)
@@ -175,7 +174,6 @@ class FakeLoader:
     def end_read(self, *, well=True):
         generation = self.reading.pop(0)
         (self.here if well else self.failed).add(generation)
-        self.loads += well
 
     def check(self):
         assert not self.here & set(self.reading)
@@ -215,7 +213,7 @@ class Bench(Parts):
         self.unreadable: set[str] = set()
         loader = Loader(self._read, 1 << 20, lambda: self.engine.wake())
         super().__init__(adapters, loader=loader, **sizes)
-        self.engine = Engine(self.runner, self.scheduler, self.residency, max_queued=max_queued)
+        self.engine = Engine(self.runner, self.scheduler, max_queued=max_queued)
 
     def __enter__(self):
         self.engine.start()

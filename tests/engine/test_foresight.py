@@ -21,7 +21,7 @@ class Stepped(Parts):
     def __init__(self, **sizes):
         super().__init__(ADAPTERS, **sizes)
         self.loader.here |= set(self.adapters)
-        self.engine = Engine(self.runner, self.scheduler, self.residency, max_queued=16)
+        self.engine = Engine(self.runner, self.scheduler, max_queued=16)
         self.asked, self.found = {}, {}
 
     def send(self, *commands):

@@ -187,7 +187,7 @@ def test_without_tokens_to_come_the_prompt_is_read_and_that_is_all(length):
         assert last == Finished("one", "length", length, 0)
         events, last = run(read_events(bench.engine, submit("two", range(length), max_tokens=0)))
         assert (events, last.completion_tokens) == ([], 0)
-    assert bench.engine.stats().generated_tokens == 0
+    assert bench.engine.stats().counts.generated_tokens == 0
     bench.assert_nothing_is_held()
 
 

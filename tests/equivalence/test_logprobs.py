@@ -47,7 +47,7 @@ def engine(parts, **sizes):
     for name in adapters:
         while harness.loader.get(name) is None:
             time.sleep(0.001)
-    running = Engine(harness.runner, harness.scheduler, harness.residency, max_queued=64)
+    running = Engine(harness.runner, harness.scheduler, max_queued=64)
     running.start()
     try:
         yield running

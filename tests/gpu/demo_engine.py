@@ -59,7 +59,7 @@ def demo_engine(
         servable.attention, blocks=BLOCKS, block_size=16, dtype=dtype, device=torch.device(device)
     )
     scheduler = Scheduler(Limits(SEQUENCES, 512, 128, 16), Blocks(BLOCKS), residency)
-    engine = Engine(_runner(servable, kv, fixed), scheduler, residency, max_queued=64)
+    engine = Engine(_runner(servable, kv, fixed), scheduler, max_queued=64)
     tokenizer = Tokenizer.load(str(DEMO / "base"))
     ends = frozenset({int(servable.model.generation_config.eos_token_id)})
     asked = iter(range(1 << 30))

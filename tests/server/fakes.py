@@ -5,12 +5,13 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adapters.entry import Entry, Put
 from adapters.errors import AdapterError, Finding
 from adapters.records import Version, check_name
-from adapters.registry import Entry, Put, Reference
+from adapters.references import Reference
 from adapters.tally import Tally
 from server.config import Settings
-from server.engine.sequence import EngineStats, Finished, Logprobs, PromptLogprobs, Token
+from server.engine.sequence import EngineStats, Finished, Logprobs, PromptLogprobs, StepCounts, Token
 from server.errors import QueueFullError
 from server.serving import GenerationDefaults, Served, Serving
 from server.text.tokenizer import Tokenizer
@@ -101,16 +102,17 @@ class FakeEngine:
             resident=(ADAPTERS["legal"],),
             waiting_for=(ADAPTERS["medical"],),
             adapter_room=4,
-            steps=7,
-            prefill_tokens=70,
-            decode_tokens=30,
-            generated_tokens=32,
-            step_seconds=0.5,
-            prefill_steps=2,
-            prefill_step_seconds=0.2,
-            last_batch_sequences=2,
-            last_batch_adapters=1,
-            adapter_loads=1,
+            counts=StepCounts(
+                steps=7,
+                seconds=0.5,
+                prefill_steps=2,
+                prefill_seconds=0.2,
+                prefill_tokens=70,
+                decode_tokens=30,
+                generated_tokens=32,
+                last_sequences=2,
+                last_adapters=1,
+            ),
             adapter_copies=tally(0.02),
             adapter_evictions=0,
             adapter_hits=5,

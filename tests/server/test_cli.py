@@ -34,6 +34,8 @@ from tests.server import fakes
 def load(settings, serving):
     if settings.base_name == "broken":
         raise OSError("no such\\nfolder")
+    if settings.base_name == "mistaken":
+        raise TypeError("not subscriptable")
     serving.detail, serving.progress = "reading weights", 0.5
     time.sleep({loading})
     world = fakes.world(Path(sys.argv[2]))
@@ -338,6 +340,14 @@ def test_a_model_that_cannot_be_loaded(start):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert errors.splitlines()[-1] == "loraplex serve: the model could not be loaded: OSError: no such folder"
+    assert "Traceback" not in errors
+
+
+def test_a_mistake_of_ours_while_loading_has_a_traceback(start):
+    process = start(name="mistaken")
+    _, errors = process.communicate(timeout=60)
+    assert "Traceback (most recent call last)" in errors
+    assert errors.splitlines()[-1].endswith("the model could not be loaded: TypeError: not subscriptable")
 
 
 def test_an_engine_that_dies_ends_the_process(start):

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from kernels import lora, nf4, reference
 from kernels.lora import Deltas
-from kernels.nf4 import NF4Weight, linear
+from kernels.nf4 import linear
+from kernels.nf4_decode import NF4Weight
 from kernels.plans import DeltaPlan
 from kernels.segments import Segment, segments_of
 from tests.kernels.naive import PAGE_RANK, add_deltas

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kernels import nf4
-from kernels.nf4 import NF4Weight, linear
-from kernels.nf4_decode import dequantize
+from kernels.nf4 import linear
+from kernels.nf4_decode import NF4Weight, dequantize
 from kernels.tiles import CROSSOVER_ROWS, Tile, tile_for
 from kernels.workspace import Workspace
 from tests.kernels.naive import relative_error

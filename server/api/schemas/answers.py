@@ -6,6 +6,8 @@ from typing import Literal
 
 from typing_extensions import TypedDict  # the one that pydantic can read on Python 3.11
 
+from server.engine.sequence import FinishReason
+
 
 class Usage(TypedDict):
     """Tokens that were counted."""
@@ -13,9 +15,6 @@ class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-
-
-FinishReason = Literal["stop", "length"]
 
 
 class Answer(TypedDict):

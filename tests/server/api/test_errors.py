@@ -120,17 +120,6 @@ def test_an_adapters_error_says_by_itself_whose_mistake_it_is(code, status):
     assert (rejected.code, rejected.http_status, rejected.type) == (code, status, kind)
 
 
-def test_an_aborted_sequence_is_an_error(client, world):
-    async def stream(submit):
-        from server.engine.sequence import Finished
-
-        yield Finished(submit.request_id, "abort", 1, 0)
-
-    world.engine.stream = stream
-    response = client.complete(adapter="legal")
-    assert (response.status_code, error(response)["code"]) == (503, "not_ready")
-
-
 @pytest.mark.parametrize(
     ("phase", "code"), [("loading", "not_ready"), ("draining", "not_ready"), ("failed", "engine_dead")]
 )
