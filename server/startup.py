@@ -39,7 +39,7 @@ from server.model.graphs import GraphSizes
 from server.model.kernel_set import Kernels, compiled, plain
 from server.model.kv_cache import KVCache
 from server.model.linear import NOT_OURS
-from server.model.load import ModelSource, load_model
+from server.model.load import ModelSource, kind_of_weights, load_model
 from server.model.runner import Runner
 from server.model.servable import ServableModel, make_servable
 from server.serving import GenerationDefaults, Served, Serving
@@ -88,7 +88,7 @@ def _fill(settings: Settings, serving: Serving, store: Store) -> None:
     source = model_source(settings)
     kernels = choose_kernels(settings, source.device)
     model = load_model(source)
-    weights = model.get_memory_footprint()
+    weights = f"{size_text(model.get_memory_footprint())} of {kind_of_weights(model)} weights"
     servable = make_servable(
         model,
         backend=settings.linear_backend,
@@ -110,7 +110,7 @@ def _fill(settings: Settings, serving: Serving, store: Store) -> None:
         capture_graphs(served.engine.runner, serving)
     served.engine.start()
     serving.plan = (
-        _model_line(settings, servable, weights),
+        _model_line(servable, weights),
         f"kernels     {_kernels(settings, servable)}",
         *plan.lines(),
         f"served      {_names(served)}",
@@ -122,6 +122,10 @@ def _fill(settings: Settings, serving: Serving, store: Store) -> None:
 def model_source(settings: Settings) -> ModelSource:
     """What to load, with "auto" decided: CUDA where there is one, in bfloat16; float32 on the CPU."""
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.device == "cuda" and automatic == "cpu":
+        raise SettingsError(
+            "--device cuda: torch sees no GPU here; leave it at auto, or install torch with CUDA and look at nvidia-smi"
+        )
     device = torch.device(automatic if settings.device == "auto" else settings.device)
     dtype = settings.dtype
     if dtype == "auto":
@@ -344,10 +348,10 @@ def return_free_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _model_line(settings: Settings, servable: ServableModel, weights: int) -> str:
+def _model_line(servable: ServableModel, weights: str) -> str:
     dtype = str(servable.dtype).removeprefix("torch.")
     return (
-        f"model       {type(servable.model).__name__}, {size_text(weights)} of {settings.quantization} weights, "
+        f"model       {type(servable.model).__name__}, {weights}, "
         f"{dtype} on {servable.device.type}, {len(servable.layout.modules)} adaptable linears"
     )
 

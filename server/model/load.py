@@ -8,21 +8,35 @@ from __future__ import annotations
 
 import gc
 import logging
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import bitsandbytes
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
+from server.config import SettingsError
 from server.errors import UnsupportedModelError
 from server.model.quantized_cache import cache_key, cached
 
 logger = logging.getLogger(__name__)
 
 Quantization = Literal["nf4", "int8", "none"]
+
+_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model")  # of a hub's repository
+_NOT_FILES = ("consolidated*", "*/*")  # the same weights again, under other names
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +53,7 @@ class ModelSource:
 
 def load_model(source: ModelSource) -> PreTrainedModel:
     """Load the checkpoint; raises `UnsupportedModelError` when there is no causal model or no way to quantize it."""
-    folder = _folder(source.model)
+    folder = _folder(source)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -51,6 +65,13 @@ def load_model(source: ModelSource) -> PreTrainedModel:
     quantization = _quantization_config(source.quantization)
     if source.cache is None:
         return _refuse_unquantized_experts(_read(folder, source, quantization))
+    return _from_copy(folder, source, source.cache, quantization)
+
+
+def _from_copy(
+    folder: Path, source: ModelSource, cache: Path, quantization: BitsAndBytesConfig
+) -> PreTrainedModel:
+    """The quantized copy, made if there is none; one that cannot be read is made once more."""
     settings = {
         "quantization": str(quantization.to_dict()),
         "dtype": str(source.dtype),  # of what is not quantized: saved as it was loaded
@@ -64,47 +85,108 @@ def load_model(source: ModelSource) -> PreTrainedModel:
         del model
         gc.collect()
 
-    return _read(cached(source.cache, cache_key(folder, settings), quantize), source, None)
-
-
-def _folder(model: str) -> Path:
-    if Path(model).is_dir():
-        return Path(model)
+    key = cache_key(folder, settings)
     try:
-        return Path(
-            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
-        )
+        copy = cached(cache, key, quantize)
+        try:
+            model = _read(copy, source, None)
+        except UnsupportedModelError as error:
+            logger.warning("the quantized copy cannot be read, so it is made again: %s", error)
+            shutil.rmtree(copy)
+            model = _read(cached(cache, key, quantize), source, None)
+    except OSError as error:
+        raise SettingsError(
+            f"--quantized-cache {cache}: cannot be used: {error.strerror or error}; name another folder"
+        ) from error
+    model.generation_config = _generation_config(folder) or model.generation_config
+    return model
+
+
+def _folder(source: ModelSource) -> Path:
+    """The checkpoint's folder, fetched from the hub if need be."""
+    if Path(source.model).is_dir():
+        return Path(source.model)
+    files = [*_FILES, *(["*.py"] if source.trust_remote_code else [])]
+    try:
+        folder = Path(snapshot_download(source.model, allow_patterns=files, ignore_patterns=[*_NOT_FILES]))
     except Exception as error:
         raise UnsupportedModelError(
-            f"{model} cannot be served: it is not a folder here, and it cannot be fetched from the hub: {error}"
+            f"{source.model} cannot be served: it is not a folder here, and it cannot be fetched from the hub: {error}"
         ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise UnsupportedModelError(
+            f"{source.model} cannot be served: it has no weights as .safetensors, and others are not fetched, since "
+            "reading them may run code; name a folder in which they were saved by save_pretrained()"
+        )
+    return folder
 
 
 def _read(folder: Path, source: ModelSource, quantization: BitsAndBytesConfig | None) -> PreTrainedModel:
     given: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        _generation_config(folder)  # transformers would make do without one that is broken
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=source.dtype,
             device_map={"": source.device},
             attn_implementation="eager",
             trust_remote_code=source.trust_remote_code,
+            output_loading_info=True,
             **given,
         )
-    except (OSError, ValueError) as error:
-        raise UnsupportedModelError(f"{source.model} cannot be served: {error}") from error
-    for (
-        parameter
-    ) in model.parameters():  # transformers leaves a quantized checkpoint in the dtype it was saved with
-        if parameter.is_floating_point():
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UnsupportedModelError(f"{source.model} cannot be served: {error} (in {folder})") from error
+    _refuse_incomplete(model, source, found)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # a quantized checkpoint is left in the dtype it was saved with
             parameter.data = parameter.data.to(source.dtype)
     return cast(PreTrainedModel, model)
 
 
+def _generation_config(folder: Path) -> GenerationConfig | None:
+    """What the model's authors say of sampling and ends, if they do; raises OSError where it cannot be read."""
+    if not (folder / "generation_config.json").exists():
+        return None
+    return GenerationConfig.from_pretrained(folder)
+
+
+def _refuse_incomplete(
+    model: PreTrainedModel, source: ModelSource, found: Mapping[str, Sequence[Any]]
+) -> None:
+    """transformers fills what a checkpoint lacks with random numbers."""
+    lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    lacking += [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, Linear4bit)
+        and getattr(module.weight, "quant_state", None) is not None
+        and tuple(module.weight.quant_state.shape) != (module.out_features, module.in_features)
+    ]
+    if lacking:
+        raise UnsupportedModelError(
+            f"{source.model} cannot be served: its files lack {len(lacking)} weights of {type(model).__name__}, or "
+            f"hold them in another shape, {lacking[0]} among them; fetch it again, with its config.json"
+        )
+    if strangers := sorted(found["unexpected_keys"]):
+        logger.warning(
+            "the checkpoint has %d weights that the model does not use, %s among them",
+            len(strangers),
+            strangers[0],
+        )
+
+
+def kind_of_weights(model: PreTrainedModel) -> str:
+    """What most of the model's linears hold, as `--quantization` calls it where it does."""
+    modules = list(model.modules())
+    for module in modules:
+        if isinstance(module, Linear4bit):
+            return str(module.weight.quant_type)
+    return "int8" if any(isinstance(module, Linear8bitLt) for module in modules) else str(model.dtype)[6:]
+
+
 def _quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
-    if (
-        quantization == "int8"
-    ):  # threshold 0: an outlier in one row must not change how another's columns are computed
+    # threshold 0: an outlier in one row must not change how another's columns are computed
+    if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 

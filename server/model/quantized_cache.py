@@ -4,15 +4,18 @@ second. Knows nothing of how a checkpoint is quantized or read.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-_WEIGHTS = (".safetensors", ".bin")
+_WEIGHTS = (".safetensors", ".bin", ".py")  # and code that comes with them
+_MAKING = ".making-"
 
 
 def cache_key(model: Path, settings: dict[str, str]) -> str:
@@ -32,13 +35,36 @@ def cached(root: Path, key: str, make: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     root.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=".making-", dir=root))
+    _sweep(root)
+    made = Path(tempfile.mkdtemp(prefix=_MAKING, dir=root))
     try:
-        make(made)
-        os.replace(made, folder)
+        with _held(made):
+            make(made)
+            os.replace(made, folder)
     except OSError:
         if not folder.is_dir():  # else another process was faster, and its copy is the same
             raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return folder
+
+
+def _sweep(root: Path) -> None:
+    """Remove what processes left that were killed while they made a copy: nobody holds it any more."""
+    for left in root.glob(f"{_MAKING}*"):
+        try:
+            with _held(left):
+                shutil.rmtree(left, ignore_errors=True)
+        except OSError:  # held, or gone
+            continue
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process, or raise OSError if another does."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)

@@ -1,15 +1,21 @@
 """From a checkpoint to a model held as asked: quantized once, read back the same ever after, refused with a reason."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MixtralConfig
 
+from server.config import SettingsError
 from server.errors import UnsupportedModelError
 from server.model import load
 from server.model.linear import DenseLinear, FourBitLinear, Int8Linear, ModuleLinear
-from server.model.load import ModelSource, load_model
+from server.model.load import ModelSource, kind_of_weights, load_model
 from server.model.servable import make_servable
 from tests.model.tiny import SIZES, make_model
 
@@ -125,6 +131,112 @@ def test_a_folder_without_weights_is_refused(folder, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(UnsupportedModelError, match="cannot be served"):
         load_model(source(tmp_path, "none"))
+
+
+def broken(folder, to, change):
+    """A copy of the checkpoint whose tensors `change` has altered."""
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "model.safetensors")
+    change(tensors)
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize(
+    "lacking", ["model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"]
+)
+def test_weights_that_are_not_there_are_not_made_up(folder, tmp_path, quantization, lacking):
+    made = broken(folder, tmp_path / "made", lambda tensors: tensors.pop(lacking))
+    with pytest.raises(UnsupportedModelError, match=f"lack 1 weights of LlamaForCausalLM.*{lacking}"):
+        load_model(source(made, quantization, tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists() or copies(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("setting", [("intermediate_size", 128), ("num_hidden_layers", 3)])
+def test_weights_of_another_configuration_are_refused(folder, tmp_path, quantization, setting):
+    made = broken(folder, tmp_path / "made", lambda tensors: None)
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | dict([setting])))
+    with pytest.raises(UnsupportedModelError, match=r"cannot be served"):
+        load_model(source(made, quantization))
+
+
+def test_weights_that_nothing_uses_are_said(folder, tmp_path, caplog):
+    made = broken(folder, tmp_path / "made", lambda tensors: tensors.update(stranger=torch.zeros(2)))
+    load_model(source(made, "none"))
+    assert "1 weights that the model does not use, stranger among them" in caplog.text
+
+
+def test_a_file_that_is_cut_short_is_named(folder, tmp_path):
+    made = broken(folder, tmp_path / "made", lambda tensors: None)
+    whole = (made / "model.safetensors").read_bytes()
+    (made / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UnsupportedModelError, match=str(made)):
+        load_model(source(made, "nf4"))
+
+
+def test_a_copy_that_cannot_be_read_is_made_again(folder, tmp_path, caplog):
+    want = load_model(source(folder, "nf4", tmp_path)).state_dict()
+    (copy,) = tmp_path.iterdir()
+    (copy / "model.safetensors").unlink()  # the first one is still mapped
+    (copy / "model.safetensors").write_bytes(b"no tensors")
+    got = load_model(source(folder, "nf4", tmp_path)).state_dict()
+    assert "made again" in caplog.text
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_what_the_authors_say_of_sampling_is_read_anew(folder, tmp_path):
+    """It may be edited while the quantized copy of the weights stays as it is."""
+    made = broken(folder, tmp_path / "made", lambda tensors: None)
+    load_model(source(made, "nf4", tmp_path / "cache"))
+    generation = json.loads((made / "generation_config.json").read_text())
+    (made / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [2, 44]}))
+    assert load_model(source(made, "nf4", tmp_path / "cache")).generation_config.eos_token_id == [2, 44]
+    assert len(copies(tmp_path / "cache")) == 1
+    (made / "generation_config.json").write_text("{")
+    with pytest.raises(UnsupportedModelError, match="generation_config"):
+        load_model(source(made, "none"))
+
+
+def test_a_cache_that_is_no_folder_is_named(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match=r"--quantized-cache .*file: cannot be used"):
+        load_model(source(folder, "nf4", tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    ("trusted", "names"),
+    [
+        (False, ["config.json", "model-1.safetensors", "tokenizer.model"]),
+        (True, ["config.json", "mine.py", "model-1.safetensors", "tokenizer.model"]),
+    ],
+)
+def test_what_is_fetched_from_the_hub(folder, monkeypatch, trusted, names):
+    """Weights once, and code only where it may run."""
+    held = ["config.json", "mine.py", "model-1.safetensors", "tokenizer.model", "pytorch_model.bin"]
+    held += ["consolidated.safetensors", "fp16/model.safetensors", "onnx/config.json"]
+    fetched = []
+
+    def snapshot_download(name, **patterns):
+        fetched.extend(filter_repo_objects(held, **patterns))
+        return str(folder)
+
+    monkeypatch.setattr(load, "snapshot_download", snapshot_download)
+    load_model(ModelSource("some/base", CPU, torch.float32, "none", None, trusted))
+    assert sorted(fetched) == names
+
+
+def test_a_repository_without_safetensors_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "snapshot_download", lambda name, **patterns: str(tmp_path))
+    with pytest.raises(UnsupportedModelError, match=r"no weights as \.safetensors"):
+        load_model(source("some/base", "none"))
+
+
+@pytest.mark.parametrize(("quantization", "kind"), [("nf4", "nf4"), ("int8", "int8"), ("none", "float32")])
+def test_what_the_weights_are_is_said(folder, quantization, kind):
+    assert kind_of_weights(load_model(source(folder, quantization))) == kind
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -69,11 +69,25 @@ def test_two_makers_at_once_agree_on_one_copy(tmp_path):
     assert (found[0] / "weights").read_text() == "same"
 
 
+def test_what_a_killed_maker_left_is_removed_by_the_next(tmp_path):
+    """And what another one is making is not."""
+    root = tmp_path / "root"
+    (root / ".making-killed").mkdir(parents=True)
+    (root / ".making-killed" / "weights").write_text("half")
+
+    def make(into):
+        cached(root, "other", fill("other"))
+        fill("whole")(into)
+
+    assert (cached(root, "key", make) / "weights").read_text() == "whole"
+    assert sorted(path.name for path in root.iterdir()) == ["key", "other"]
+
+
 def test_the_key_is_the_same_for_the_same(checkpoint):
     assert cache_key(checkpoint, {"a": "1", "b": "2"}) == cache_key(checkpoint, {"b": "2", "a": "1"})
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "README.md"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "README.md", "generation_config.json"])
 def test_the_key_looks_at_weights_alone(checkpoint, name):
     before = cache_key(checkpoint, {})
     (checkpoint / name).write_text("new")
