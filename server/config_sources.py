@@ -5,6 +5,8 @@ With `server/config.py`, which asks for the user's folders, the only place that 
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,11 +23,18 @@ from server.other_flags import ALIASES, ALWAYS, KNOWN, REFUSED
 ENV_PREFIX = "LORAPLEX_"
 CONFIG_FILE = "config"  # the flag that names the YAML file, and the only one that is no field
 DEFAULT_URL = "http://127.0.0.1:8000"
+_OTHERS = frozenset({"LORAPLEX_CONFIG", "LORAPLEX_URL"})  # read elsewhere here
+# set by Kubernetes in every pod beside a Service whose name begins as ours
+_OF_A_SERVICE = re.compile(r"LORAPLEX_(.+_)?(SERVICE_(HOST|PORT.*)|PORT_\d+_.+)|LORAPLEX_.+_PORT")
+
+logger = logging.getLogger(__name__)
 
 
 def load_settings(flags: Mapping[str, object], config: Path | None = None) -> Settings:
     """The settings of this process: flags win over environment, file and defaults, in this order."""
     typed = ((name, flag(name), value) for name, value in flags.items())
+    if config is None and (named := os.environ.get(ENV_PREFIX + CONFIG_FILE.upper())):
+        config = Path(named)
     sources = _by_our_names(_from_file(config))
     sources |= _by_our_names(_from_environment())
     sources |= _by_our_names(typed)
@@ -97,10 +106,23 @@ def _from_file(path: Path | None) -> Iterator[tuple[str, str, object]]:
 
 
 def _from_environment() -> Iterator[tuple[str, str, object]]:
-    for name in (*Settings.model_fields, *sorted(KNOWN)):
-        variable = ENV_PREFIX + name.upper()
-        if value := os.environ.get(variable):
-            yield name, variable, value
+    """Of variables that are no setting only a word is said: others than us may set them."""
+    names = {ENV_PREFIX + name.upper(): name for name in (*Settings.model_fields, *sorted(KNOWN))}
+    for variable, value in os.environ.items():
+        if not variable.startswith(ENV_PREFIX) or not value or _OF_A_SERVICE.fullmatch(variable):
+            continue
+        if variable == f"{ENV_PREFIX}PORT" and value.startswith("tcp://"):
+            logger.warning(
+                "%s=%s is Kubernetes' word of a Service called loraplex, no port to listen on",
+                variable,
+                value,
+            )
+        elif variable in names:
+            yield names[variable], variable, value
+        elif variable not in _OTHERS:
+            close = difflib.get_close_matches(variable, names, 1)
+            hint = f"; was {close[0]} meant?" if close else ""
+            logger.warning("%s is no setting and changes nothing%s", variable, hint)
 
 
 def _line(detail: ErrorDetails, labels: Mapping[str, str]) -> str:

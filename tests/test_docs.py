@@ -1,6 +1,7 @@
 """The documents agree with the code: tables are fresh, every route and every error is spoken of."""
 
 import re
+import shlex
 
 import pytest
 
@@ -10,6 +11,7 @@ from server.api.envelope import CODES
 from server.api.schemas.generation import ChatRequest, CompletionRequest
 from server.cli import build_parser
 from server.config import Settings
+from server.config_sources import load_settings
 from server.errors import ADAPTER_STATUS, AdapterRejectedError, LoraplexError
 from server.serving import Serving
 from tests.generate_docs import DOCS, GENERATED, renewed
@@ -61,6 +63,22 @@ def test_the_operators_page_names_what_there_is():
     assert set(re.findall(r"--[a-z][a-z-]+", text)) <= serve | client
     for name in re.findall(r"^loraplex adapters (\w+)", text, re.MULTILINE):
         assert flags_of("adapters", name)
+
+
+def test_the_readme_asks_for_what_its_server_serves():
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Serve your own")[2].partition("\n## ")[0]
+    line = re.search(r"^loraplex (serve .*)$", section, re.MULTILINE)[1]
+    given = vars(build_parser().parse_args(shlex.split(line)))
+    settings = load_settings({name: given[name] for name in ("model", "served_model_name", "lora_modules")})
+    names = re.findall(r'model="([^"]+)"', section)
+    assert len(names) == 3
+    adapters = {module.name for module in settings.lora_modules}
+    assert set(names) <= {
+        *settings.base_names,
+        *adapters,
+        *(f"{settings.base_name}:{name}" for name in adapters),
+    }
 
 
 def flags_of(*path: str) -> list[str]:

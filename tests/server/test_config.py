@@ -148,9 +148,39 @@ def test_mistakes_are_one_line_that_names_the_flag(flags, words):
 def test_mistakes_name_the_variable_or_the_file(file, monkeypatch):
     with pytest.raises(SettingsError, match=r"max-num-seqs in .*config.yaml: must be"):
         load_settings({"model": "m"}, file("max-num-seqs: many"))
-    monkeypatch.setenv("LORAPLEX_PORT", "tcp://10.0.0.1:8000")
+    monkeypatch.setenv("LORAPLEX_PORT", "eighty")
     with pytest.raises(SettingsError, match="LORAPLEX_PORT: must be"):
         load_settings({"model": "m"})
+
+
+def test_variables_that_are_no_setting_are_said(monkeypatch, caplog):
+    monkeypatch.setenv("LORAPLEX_API_KEYS", "secret")
+    monkeypatch.setenv("LORAPLEX_URL", "http://elsewhere")
+    assert load_settings({"model": "m"}).api_key == ()
+    (record,) = caplog.records
+    assert (
+        record.getMessage()
+        == "LORAPLEX_API_KEYS is no setting and changes nothing; was LORAPLEX_API_KEY meant?"
+    )
+
+
+def test_what_kubernetes_says_of_a_service_of_our_name(monkeypatch, caplog):
+    said = {"PORT": "tcp://10.0.0.1:8000", "SERVICE_HOST": "10.0.0.1", "SERVICE_PORT_HTTP": "8000"}
+    said |= {
+        "PORT_8000_TCP_ADDR": "10.0.0.1",
+        "EU_SERVICE_HOST": "10.0.0.2",
+        "EU_PORT": "tcp://10.0.0.2:8000",
+    }
+    for name, value in said.items():
+        monkeypatch.setenv(f"LORAPLEX_{name}", value)
+    assert load_settings({"model": "m"}).port == 8000
+    assert load_settings({"model": "m", "port": "8001"}).port == 8001
+    assert {record.args[0] for record in caplog.records} == {"LORAPLEX_PORT"}
+
+
+def test_a_variable_names_the_file(file, monkeypatch):
+    monkeypatch.setenv("LORAPLEX_CONFIG", str(file("model: from-file")))
+    assert load_settings({}).model == "from-file"
 
 
 @pytest.mark.parametrize("text", ["prot: 1", "- a", "a: [", "5"])
