@@ -25,6 +25,8 @@ from server.config_values import (
     keys_of,
 )
 
+KV_TILE = 256  # `kernels.segments.KV_TILE`, which brings torch
+
 
 class SettingsError(Exception):
     """One setting is wrong; the message is one line that names it and the cure."""
@@ -66,7 +68,7 @@ class Settings(BaseModel):
         "fp32", description="arithmetic of products with NF4 weights on the CPU; int8 is faster and not exact"
     )
     max_model_len: Positive | None = Field(None, description="most tokens of prompt and completion together")
-    block_size: Positive = Field(16, description="KV positions per block")
+    block_size: Positive = Field(16, description="KV positions per block, a power of two up to 256")
     max_num_seqs: Positive = Field(64, description="most sequences in one step")
     max_num_batched_tokens: Positive = Field(512, description="most tokens in one step")
     prefill_chunk: Positive = Field(128, description="tokens of a prompt that are computed together")
@@ -160,6 +162,14 @@ class Settings(BaseModel):
                 "--prefill-chunk {chunk} must not pass --max-num-batched-tokens {step}; lower the first or "
                 "raise the second",
                 {"chunk": self.prefill_chunk, "step": self.max_num_batched_tokens},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_fit_tiles(self) -> Self:
+        if KV_TILE % self.block_size:
+            raise PydanticCustomError(
+                "block_size", "--block-size must divide {tile}, such as 16", {"tile": KV_TILE}
             )
         return self
 

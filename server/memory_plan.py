@@ -11,7 +11,6 @@ import torch
 
 from adapters.adapter import Layout
 from adapters.pages import PAGE_RANK, page_nbytes, plan_pages
-from kernels.segments import KV_TILE
 from server.config import Settings, SettingsError
 from server.config_values import GIB, size_text
 from server.model.kv_cache import position_nbytes
@@ -101,8 +100,6 @@ def _refuse_impossible(settings: Settings, servable: ServableModel) -> None:
             f"--max-model-len {settings.max_model_len}: the model was made for {servable.max_model_len} tokens; "
             "give that or fewer, or leave the flag out"
         )
-    if KV_TILE % settings.block_size:
-        raise SettingsError(f"--block-size {settings.block_size}: must divide {KV_TILE}, such as 16 or 32")
 
 
 def _plan_adapter_pages(settings: Settings, layout: Layout, dtype: torch.dtype) -> dict[str, int]:

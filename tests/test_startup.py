@@ -106,10 +106,6 @@ class TestPlan:
             plan_memory(settings(max_model_len=65, kv_cache_memory_bytes=GIB), servable)
         assert "--kv-cache-memory-bytes" not in str(refused.value)
 
-    def test_a_block_size_that_does_not_divide_the_tile_is_a_wrong_setting(self, servable):
-        with pytest.raises(SettingsError, match="--block-size"):
-            plan_memory(settings(block_size=24), servable)
-
     def test_the_lines_are_for_people(self, servable, monkeypatch):
         monkeypatch.setattr("server.memory_plan._memory", lambda device: (12 * GIB, 16 * GIB))
         memory, cache, adapters, host = plan_memory(settings(max_loras=5), servable).lines()

@@ -5,6 +5,8 @@ from pathlib import Path
 import pydantic
 import pytest
 
+from kernels import segments
+from server import config
 from server.config import Settings, SettingsError, flag
 from server.config_sources import load_client_settings, load_settings
 from server.config_values import LoraModule
@@ -22,13 +24,19 @@ def file(tmp_path):
 
 
 def test_the_order_of_sources(file, monkeypatch):
-    path = file("model: from-file\nport: 1\nmax-num-seqs: 2\nblock_size: 3\n")
+    path = file("model: from-file\nport: 1\nmax-num-seqs: 2\nblock_size: 4\n")
     monkeypatch.setenv("LORAPLEX_PORT", "10")
     monkeypatch.setenv("LORAPLEX_MAX_NUM_SEQS", "20")
     monkeypatch.setenv("LORAPLEX_HOST", "")
     settings = load_settings({"port": "100"}, path)
-    assert (settings.port, settings.max_num_seqs, settings.block_size) == (100, 20, 3)
+    assert (settings.port, settings.max_num_seqs, settings.block_size) == (100, 20, 4)
     assert (settings.model, settings.host, settings.prefill_chunk) == ("from-file", "127.0.0.1", 128)
+
+
+def test_blocks_fill_the_tiles_of_attention():
+    assert config.KV_TILE == segments.KV_TILE
+    with pytest.raises(SettingsError, match="--block-size must divide 256"):
+        load_settings({"model": "m", "block_size": "24"})
 
 
 def test_settings_are_frozen():
