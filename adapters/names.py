@@ -143,10 +143,10 @@ class Names:
                 "adapters, keep fewer versions (--keep-versions), or allow the store more",
             )
 
-    def keep(self, folder: Path, generation: str) -> None:
-        """Store a synced folder; until a name points at it, a sweep may take it."""
+    def keep(self, folder: Path, generation: str) -> bool:
+        """Store a synced folder; until a name points at it, a sweep may take it. True if a damaged one was put out."""
         try:
-            self._store.keep(folder, generation)
+            return self._store.keep(folder, generation)
         finally:
             self._measure(generation)
 

@@ -34,8 +34,8 @@ class Registry:
     Changes take turns behind a second one, since a disk is slow; an upload is checked before its turn.
 
     `appraiser` says what an adapter is worth on the base. `quota` bounds the bytes of the stored generations.
-    `on_unreferenced` is told of a generation that no name points at and that nobody holds, on the thread that let go
-    of it, maybe more than once.
+    `on_stale` is told of a generation whose copies in memory are of no more use, maybe more than once: no name points
+    at it and nobody holds it, or its files were damaged and have been sent again.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class Registry:
         max_bytes: int = DEFAULT_MAX_BYTES,
         keep_versions: int = DEFAULT_KEEP_VERSIONS,
         quota: int | None = None,
-        on_unreferenced: Callable[[str], None] | None = None,
+        on_stale: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.store = store
         self._appraiser = appraiser
         self._max_bytes = max_bytes
-        self._on_unreferenced = on_unreferenced
+        self._on_stale = on_stale
         self._uploaded = 0
         self._lock = RLock()
         self._writing = Lock()
@@ -99,16 +99,19 @@ class Registry:
         raise AdapterError("adapter_incompatible", problem, found)
 
     def read(self, generation: str) -> Adapter:
-        """The weights of a stored generation: what a Loader reads with."""
-        folder = self.store.folder(generation)
-        try:
-            return self._appraiser.read(folder, generation)
-        except (AdapterError, OSError) as error:
-            problem = f"generation {generation} could not be read back from {folder}"
-            findings = (
-                error.findings if isinstance(error, AdapterError) else (Finding(str(folder), str(error)),)
+        """The weights of a stored generation, if its files are what was sent: what a Loader reads with."""
+        folder, cure = self.store.folder(generation), "send them again"
+        try:  # the hash first: a page that cannot be had is an error there, and the process's end once it is mapped
+            if hash_folder(folder) == generation:
+                return self._appraiser.read(folder, generation)
+            findings: tuple[Finding, ...] = (
+                Finding(generation, "the stored bytes are not those that were sent", cure),
             )
-            raise AdapterError("adapter_load_failed", problem, findings) from error
+        except AdapterError as error:
+            findings = error.findings
+        except OSError as error:
+            findings = (Finding(generation, f"its files cannot be read: {error.strerror}", cure),)
+        raise AdapterError("adapter_load_failed", f"generation {generation} could not be read back", findings)
 
     def __contains__(self, name: str) -> bool:
         return self._names.get(name) is not None
@@ -142,6 +145,9 @@ class Registry:
                 if facts.findings:
                     problem = f"version {to} of adapter {name} cannot be served on this base"
                     raise AdapterError("adapter_incompatible", problem, facts.findings)
+                if not self.store.intact(after):
+                    problem = f"version {to} of adapter {name} is damaged in the store; send its files again"
+                    raise AdapterError("adapter_load_failed", problem)
                 self._change(lambda: self._names.move(name, after, facts))
             entry = self.entry(name)
         self._tell(before)
@@ -175,7 +181,7 @@ class Registry:
         try:
             fetch(folder)
             generation = hash_folder(folder)
-            if self._is_at(name, generation):
+            if self._is_at(name, generation) and self.store.intact(generation):
                 return Put(self.entry(name), created=False)
             nbytes = self.store.size(folder)
             with self._writing:  # before the slow part, and again when it is this upload's turn
@@ -185,10 +191,9 @@ class Registry:
             with self._writing:
                 before = self._names.expect(name, if_match)
                 created = not self._is_at(name, generation)
-                if created:
-                    self._names.expect_room(name, generation, nbytes, self._references.held())
-                    self._change(lambda: self._keep(name, folder, generation, facts))
-                    self._uploaded += nbytes
+                self._names.expect_room(name, generation, nbytes, self._references.held())
+                self._change(lambda: self._keep(name, folder, generation, facts))
+                self._uploaded += nbytes if created else 0
                 entry = self.entry(name)
         finally:
             self.store.discard(folder)
@@ -197,8 +202,11 @@ class Registry:
         return Put(entry, created)
 
     def _keep(self, name: str, folder: Path, generation: str, facts: Facts) -> None:
-        self._names.keep(folder, generation)
-        self._names.move(name, generation, facts)
+        """Store the folder, and move the name there if it is elsewhere."""
+        if self._names.keep(folder, generation) and self._on_stale:
+            self._on_stale(generation)
+        if not self._is_at(name, generation):
+            self._names.move(name, generation, facts)
 
     def _change(self, change: Callable[[], None]) -> None:
         """Do it, and clean up after it, also where it failed half-way; the turn is ours."""
@@ -222,8 +230,8 @@ class Registry:
         """Call the hook if no name points at the generation and nobody holds it."""
         with self._lock:
             used = self._references.count(generation) > 0 or self._names.points_at(generation)
-        if generation and not used and self._on_unreferenced:
-            self._on_unreferenced(generation)
+        if generation and not used and self._on_stale:
+            self._on_stale(generation)
 
     def _entry(self, name: str, held: Held) -> Entry:
         record, facts = held.record, held.facts

@@ -92,14 +92,23 @@ class Store:
             self.files.sync_file(folder / name)
         self.files.sync_folder(folder)
 
-    def keep(self, folder: Path, generation: str) -> None:
-        """Give a synced incoming folder its place, by renaming it; a damaged one that is there is put out."""
+    def intact(self, generation: str) -> bool:
+        """Whether a generation's files are there and are what was sent. Reads them whole: 0.2 s for 168 MB."""
+        try:
+            return hash_folder(self.folder(generation)) == generation
+        except OSError:
+            return False
+
+    def keep(self, folder: Path, generation: str) -> bool:
+        """Give a synced incoming folder its place, by renaming it. True if a damaged one was put out for it."""
         place = self.folder(generation)
-        if place.exists() and not _intact(place, generation):
+        damaged = place.exists() and not self.intact(generation)
+        if damaged:
             self.drop(generation)
         if not place.exists():
             self.files.replace(folder, place)
         self.files.sync_folder(self._generations)
+        return damaged
 
     def drop(self, generation: str) -> None:
         """Remove a generation: out of its place first, so that no half of one is ever found there."""
@@ -145,10 +154,3 @@ class Store:
     def _file(self, name: str) -> Path:
         assert NAME.fullmatch(name), name
         return self._names / f"{name}.json"
-
-
-def _intact(folder: Path, generation: str) -> bool:
-    try:
-        return hash_folder(folder) == generation
-    except OSError:
-        return False

@@ -216,7 +216,7 @@ def assemble(
                 f"({plan.host_nbytes} bytes); raise --adapter-host-memory-bytes or --max-cpu-loras",
             )
 
-    def unreferenced(generation: str) -> None:
+    def forget(generation: str) -> None:
         loader.forget(generation)
         engine.forget(generation)
 
@@ -227,7 +227,7 @@ def assemble(
         max_bytes=settings.max_upload_bytes,
         keep_versions=settings.keep_versions,
         quota=settings.adapter_store_bytes,
-        on_unreferenced=unreferenced,
+        on_stale=forget,
     )
     loader = Loader(registry.read, plan.host_nbytes, lambda: engine.wake())
     if servable.device.type == "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -49,7 +50,7 @@ class Shop:
             Appraiser(layout, torch.float32, 64, fits or self.pool.fits),
             keep_versions=self.keep_versions,
             quota=self.quota,
-            on_unreferenced=self.gone.append,
+            on_stale=self.gone.append,
             clock=lambda: self.now,
         )
         return self.registry
@@ -349,6 +350,56 @@ def test_a_generation_that_cannot_be_read_back_is_named(shop):
     assert caught.value.findings
     shop.reopen()  # the damage was done behind its back
     assert shop.registry.entry("legal").state == "incompatible"
+
+
+def overwrite(path: Path) -> None:
+    """Other numbers in place of the last tensor's, all of them finite, in the same bytes of the disk."""
+    with path.open("r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(bytes(64))
+
+
+DAMAGES = {
+    "overwritten": overwrite,
+    "cut short": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_what_is_read_back_is_what_was_sent_and_is_mended_by_sending_it_again(shop, damage):
+    before = shop.put("legal", 1).entry
+    file = shop.store.folder(before.generation) / "adapter_model.safetensors"
+    damage(file)
+    with pytest.raises(AdapterError) as caught:
+        shop.registry.read(before.generation)
+    assert code(caught) == "adapter_load_failed"
+    assert before.generation in str(caught.value)
+    assert "send them again" in str(caught.value)
+    assert str(shop.root) not in str(caught.value), "a client need not know where the store is"
+    put = shop.put("legal", 1)
+    assert (put.created, put.entry) == (False, before)
+    assert shop.gone == [before.generation], "whoever read the damaged file is told"
+    assert shop.registry.read(before.generation).rank == 4
+    shop.registry.check()
+
+
+def test_a_damaged_generation_is_mended_through_another_name(shop):
+    generation = shop.put("legal", 1).entry.generation
+    overwrite(shop.store.folder(generation) / "adapter_model.safetensors")
+    assert shop.put("other", 1).created
+    assert shop.gone == [generation]
+    assert shop.registry.read(generation).rank == 4
+
+
+def test_a_name_is_not_rolled_back_to_a_damaged_generation(shop):
+    one = shop.put("legal", 1).entry.generation
+    two = shop.put("legal", 2).entry
+    overwrite(shop.store.folder(one) / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="version 1 of adapter legal is damaged") as caught:
+        shop.registry.rollback("legal", 1)
+    assert code(caught) == "adapter_load_failed"
+    assert shop.registry.entry("legal") == two
 
 
 def test_the_upload_bound(shop, tmp_path):
