@@ -31,6 +31,10 @@ class FileOps:
         with source.open("rb") as reader, target.open("xb") as writer:
             shutil.copyfileobj(reader, writer, CHUNK)
 
+    def protect(self, path: Path) -> None:
+        """Let nobody write to a file that is done."""
+        path.chmod(0o444)
+
     def sync_file(self, path: Path) -> None:
         """Wait until a file's bytes are on disk."""
         _sync(path, os.O_RDONLY)

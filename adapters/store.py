@@ -87,8 +87,9 @@ class Store:
         return sum(path.stat().st_size for path in paths if path.exists())
 
     def sync(self, folder: Path) -> None:
-        """Put an incoming folder's two files on disk: the slow half of `keep`."""
+        """Put an incoming folder's two files on disk, never to be written again: the slow half of `keep`."""
         for name in FILES:
+            self.files.protect(folder / name)
             self.files.sync_file(folder / name)
         self.files.sync_folder(folder)
 

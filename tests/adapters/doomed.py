@@ -51,6 +51,9 @@ class Deadly(FileOps):
     def copy(self, source, target):
         self._step(lambda: FileOps.copy(self, source, target), lambda: target.write_bytes(b"half"))
 
+    def protect(self, path):
+        self._step(lambda: FileOps.protect(self, path))
+
     def sync_file(self, path):
         self._step(lambda: FileOps.sync_file(self, path))
 

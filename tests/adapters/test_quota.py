@@ -10,7 +10,7 @@ import pytest
 from adapters.errors import AdapterError
 from adapters.files import FileOps
 from tests.adapters.samples import adapter_files, make_tensors, write_folder
-from tests.adapters.test_registry import Shop
+from tests.adapters.test_registry import Shop, cut_short
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_what_a_failed_upload_wrote_does_not_count(shop):
 def test_a_damaged_generation_is_counted_as_it_is_and_mended(shop):
     one = allow(shop, 1)
     generation = shop.put("a", 1).entry.generation
-    (shop.store.folder(generation) / "adapter_model.safetensors").write_bytes(b"")
+    cut_short(shop.store.folder(generation) / "adapter_model.safetensors")
     shop.reopen()
     assert shop.registry.stored_bytes < one
     assert shop.put("a", 1).entry.state == "ready"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 import time
 from pathlib import Path
@@ -94,6 +95,13 @@ def test_put_and_resolve(shop):
         assert adapter.generation == entry.generation
     assert shop.registry.entry("legal").references == 0
     assert adapter_files(shop.store.folder(entry.generation)) == adapter_files(shop.root / "adapter1")
+
+
+def test_nobody_writes_to_what_is_stored(shop):
+    folder = shop.store.folder(shop.put("legal", 1).entry.generation)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o444}
+    shop.registry.delete("legal")
+    assert not folder.exists()
 
 
 def test_an_archive_and_a_folder_of_one_content_are_one_generation(shop, tmp_path):
@@ -343,7 +351,7 @@ def test_a_name_whose_files_are_gone(shop):
 
 def test_a_generation_that_cannot_be_read_back_is_named(shop):
     generation = shop.put("legal", 1).entry.generation
-    (shop.store.folder(generation) / "adapter_model.safetensors").write_bytes(b"x")
+    cut_short(shop.store.folder(generation) / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=generation) as caught:
         shop.registry.read(generation)
     assert code(caught) == "adapter_load_failed"
@@ -354,14 +362,20 @@ def test_a_generation_that_cannot_be_read_back_is_named(shop):
 
 def overwrite(path: Path) -> None:
     """Other numbers in place of the last tensor's, all of them finite, in the same bytes of the disk."""
+    path.chmod(0o644)
     with path.open("r+b") as file:
         file.seek(-64, os.SEEK_END)
         file.write(bytes(64))
 
 
+def cut_short(path: Path) -> None:
+    path.chmod(0o644)
+    os.truncate(path, path.stat().st_size // 2)
+
+
 DAMAGES = {
     "overwritten": overwrite,
-    "cut short": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "cut short": cut_short,
     "gone": Path.unlink,
 }
 

@@ -47,6 +47,9 @@ class Failing(FileOps):
             target.write_bytes(b"half")
         self._step("copy", lambda: FileOps.copy(self, source, target) if not target.exists() else None)
 
+    def protect(self, path):
+        self._step("protect", lambda: FileOps.protect(self, path))
+
     def sync_file(self, path):
         self._step("sync_file", lambda: FileOps.sync_file(self, path))
 
