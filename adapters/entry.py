@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from adapters.errors import Finding
+from adapters.records import Mover
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Entry:
     state: Literal["ready", "incompatible"]
     references: int  # held on the present generation, under whatever name
     findings: tuple[Finding, ...]
+    mover: Mover | None = None  # of the present revision; None when the name's file is broken
 
 
 @dataclass(frozen=True, slots=True)

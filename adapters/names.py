@@ -16,7 +16,7 @@ from types import MappingProxyType
 from adapters.entry import Facts
 from adapters.errors import AdapterError, Finding
 from adapters.findings import short
-from adapters.records import BrokenRecordError, Record, Target
+from adapters.records import BrokenRecordError, Mover, Record, Target
 from adapters.store import Store
 
 Resolved = str | tuple[Finding, ...]  # the generation that serves a name, or why none does
@@ -132,7 +132,7 @@ class Names:
             return
         with self._lock:
             records = {each: held.record for each, held in self._held.items()}
-        records[name] = self._moved(name, generation)
+        records[name] = self._moved(name, generation, "client")
         needed = self._needed(records.values(), in_use)
         kept = [size for each, size in self._stored.items() if needed is None or each in needed]
         if sum(kept) + nbytes > self._quota:
@@ -150,9 +150,9 @@ class Names:
         finally:
             self._measure(generation)
 
-    def move(self, name: str, generation: str, facts: Facts) -> None:
+    def move(self, name: str, generation: str, facts: Facts, mover: Mover) -> None:
         """Point the name at a stored generation, on disk first."""
-        record = self._moved(name, generation)
+        record = self._moved(name, generation, mover)
         try:
             self._store.write(name, record)
         except OSError:
@@ -201,12 +201,12 @@ class Names:
             assert revisions == sorted(set(revisions)), f"revisions of {name} do not grow"
             assert not held.ready or held.generation in self._stored, f"{name} points at nothing"
 
-    def _moved(self, name: str, generation: str) -> Record:
+    def _moved(self, name: str, generation: str, mover: Mover) -> Record:
         """What the name's record would be after a move."""
         held, now = self.get(name), int(self._clock())
         if held and held.record:
-            return held.record.moved(generation, now, self._keep_versions)
-        return Record(1, now, now, (Target(generation),))
+            return held.record.moved(generation, now, self._keep_versions, mover)
+        return Record(1, now, now, (Target(generation),), mover=mover)
 
     def _needed(self, records: Iterable[Record | None], in_use: Set[str]) -> set[str] | None:
         """What may not be dropped; None, which is everything, if a record is broken."""

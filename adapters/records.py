@@ -8,13 +8,18 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from adapters.errors import AdapterError
 
 SCHEMA = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 GENERATION = re.compile(r"[0-9a-f]{64}")
+
+Mover = Literal[
+    "client",  # an upload or a rollback
+    "start",  # a folder that the server was started with
+]
 
 
 class BrokenRecordError(Exception):
@@ -47,6 +52,7 @@ class Record:
     updated: int
     targets: tuple[Target, ...]  # one, today; several with weights are refused
     history: tuple[Version, ...] = ()
+    mover: Mover = "client"  # who moved the name to the present one
 
     @property
     def generation(self) -> str:
@@ -61,10 +67,10 @@ class Record:
         """All that the name may be moved to."""
         return {self.generation, *(version.generation for version in self.history)}
 
-    def moved(self, generation: str, now: int, keep_versions: int) -> Record:
+    def moved(self, generation: str, now: int, keep_versions: int, mover: Mover = "client") -> Record:
         """The record after the name moved; the history keeps the last `keep_versions`."""
         history = (*self.history, self.version)[-keep_versions:] if keep_versions else ()
-        return Record(self.revision + 1, self.created, now, (Target(generation),), history)
+        return Record(self.revision + 1, self.created, now, (Target(generation),), history, mover)
 
 
 def check_name(name: str) -> None:
@@ -96,9 +102,12 @@ def parse_record(data: bytes) -> Record:
             for item in raw["history"]
         )
         revision, created, updated = (_integer(raw, key) for key in ("revision", "created", "updated"))
+        mover: Mover = raw.get("mover", "client")
+        if mover not in get_args(Mover):
+            raise ValueError(f"mover is {mover!r}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise BrokenRecordError(f"it cannot be read: {type(error).__name__}: {error}") from error
-    return Record(revision, created, updated, targets, history)
+    return Record(revision, created, updated, targets, history, mover)
 
 
 def _integer(raw: Any, key: str) -> int:

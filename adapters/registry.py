@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from adapters.entry import Entry, Facts, Put
 from adapters.errors import AdapterError, Finding, full_disk_named
 from adapters.names import Held, Names
-from adapters.records import Version, check_name
+from adapters.records import Mover, Version, check_name
 from adapters.references import Reference, References
 from adapters.sources import copy_folder, gather, unpack
 from adapters.store import Store, hash_folder
@@ -81,9 +81,11 @@ class Registry:
         """The same for the files themselves, each with the name it was sent under."""
         return self._put(name, if_match, lambda into: gather(parts, into, self.store.files))
 
-    def put_folder(self, name: str, folder: Path, if_match: str | None = None) -> Put:
+    def put_folder(
+        self, name: str, folder: Path, if_match: str | None = None, mover: Mover = "client"
+    ) -> Put:
         """The same for a folder on this machine."""
-        return self._put(name, if_match, lambda into: copy_folder(folder, into, self.store.files))
+        return self._put(name, if_match, lambda into: copy_folder(folder, into, self.store.files), mover)
 
     def resolve(self, name: str, key: str | None = None) -> Reference:
         """Hold the generation that the name points at. `key` will choose among several targets."""
@@ -148,7 +150,7 @@ class Registry:
                 if not self.store.intact(after):
                     problem = f"version {to} of adapter {name} is damaged in the store; send its files again"
                     raise AdapterError("adapter_load_failed", problem)
-                self._change(lambda: self._names.move(name, after, facts))
+                self._change(lambda: self._names.move(name, after, facts, "client"))
             entry = self.entry(name)
         self._tell(before)
         return entry
@@ -174,7 +176,9 @@ class Registry:
             self._names.check(self._references.held())
 
     @full_disk_named()
-    def _put(self, name: str, if_match: str | None, fetch: Callable[[Path], None]) -> Put:
+    def _put(
+        self, name: str, if_match: str | None, fetch: Callable[[Path], None], mover: Mover = "client"
+    ) -> Put:
         check_name(name)
         self._names.expect(name, if_match)
         folder = self.store.incoming()
@@ -192,7 +196,7 @@ class Registry:
                 before = self._names.expect(name, if_match)
                 created = not self._is_at(name, generation)
                 self._names.expect_room(name, generation, nbytes, self._references.held())
-                self._change(lambda: self._keep(name, folder, generation, facts))
+                self._change(lambda: self._keep(name, folder, generation, facts, mover))
                 self._uploaded += nbytes if created else 0
                 entry = self.entry(name)
         finally:
@@ -201,12 +205,12 @@ class Registry:
             self._tell(before.generation)
         return Put(entry, created)
 
-    def _keep(self, name: str, folder: Path, generation: str, facts: Facts) -> None:
+    def _keep(self, name: str, folder: Path, generation: str, facts: Facts, mover: Mover) -> None:
         """Store the folder, and move the name there if it is elsewhere."""
         if self._names.keep(folder, generation) and self._on_stale:
             self._on_stale(generation)
         if not self._is_at(name, generation):
-            self._names.move(name, generation, facts)
+            self._names.move(name, generation, facts, mover)
 
     def _change(self, change: Callable[[], None]) -> None:
         """Do it, and clean up after it, also where it failed half-way; the turn is ours."""
@@ -248,4 +252,5 @@ class Registry:
             state="ready" if held.ready else "incompatible",
             references=self._references.count(held.generation),
             findings=facts.findings,
+            mover=record.mover if record else None,
         )

@@ -3,7 +3,7 @@
     <root>/lock                       names the server that uses the store
     <root>/incoming/<anything>        work in progress; whatever a crash left is removed at start
     <root>/generations/<sha256>/      adapter_config.json and adapter_model.safetensors, byte for byte as sent
-    <root>/names/<name>.json          {schema, revision, created, updated, targets, history}
+    <root>/names/<name>.json          {schema, revision, created, updated, targets, history, mover}
 
 A generation's files are on disk before its folder has its name, and that before any name points at it.
 Knows nothing of what an adapter is, or of who uses one.

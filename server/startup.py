@@ -26,7 +26,8 @@ from adapters.peft_format import copied, mapped
 from adapters.pool import Pool
 from adapters.registry import Registry
 from adapters.side_stream import SideStream
-from adapters.store import Store
+from adapters.sources import folder_files
+from adapters.store import Store, hash_folder
 from kernels.cpu.library import load as load_library
 from server.config import Settings, SettingsError
 from server.config_values import size_text
@@ -101,11 +102,7 @@ def _fill(settings: Settings, serving: Serving, store: Store) -> None:
     tokenizer = load_tokenizer(settings, chat_template)
     served = assemble(settings, servable, plan, tokenizer, store)
     serving.detail, serving.progress = "registering adapters", 0.9
-    for module in settings.lora_modules:
-        try:
-            served.registry.put_folder(module.name, module.path)
-        except AdapterError as error:
-            raise SettingsError(f"--lora-modules {module.name}={module.path}: {error}") from error
+    register_modules(settings, served.registry)
     if isinstance(served.engine.runner, DeviceRunner):
         capture_graphs(served.engine.runner, serving)
     served.engine.start()
@@ -117,6 +114,24 @@ def _fill(settings: Settings, serving: Serving, store: Store) -> None:
     )
     serving.served = served
     serving.detail, serving.progress, serving.phase = "ready", 1.0, "ready"
+
+
+def register_modules(settings: Settings, registry: Registry) -> None:
+    """Give the names of `--lora-modules` their folders' content. What a client has made of a name since then stands."""
+    for name, folder, _ in settings.lora_modules:
+        try:
+            folder_files(folder)
+            entry = registry.entry(name) if name in registry else None
+            if entry and entry.mover == "client" and entry.generation != (asked := hash_folder(folder)):
+                logger.warning(
+                    "--lora-modules is not followed, since a client has moved the name; put the folder's adapter to "
+                    "have it: name=%s generation=%s folder_generation=%s",
+                    *(name, entry.generation, asked),
+                )
+            else:
+                registry.put_folder(name, folder, mover="start")
+        except AdapterError as error:
+            raise SettingsError(f"--lora-modules {name}={folder}: {error}") from error
 
 
 def model_source(settings: Settings) -> ModelSource:

@@ -2,6 +2,8 @@
 
 import asyncio
 import copy
+import json
+import shutil
 from contextlib import closing
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from adapters.lock import StoreLockedError
 from adapters.pages import page_nbytes
+from adapters.store import hash_folder
 from server import startup
 from server.config import Settings, SettingsError
 from server.config_values import GIB
@@ -394,6 +397,45 @@ def test_a_load_that_fails_leaves_the_store_to_others(tmp_path):
     with pytest.raises(UnsupportedModelError):
         startup.load(asked, Serving())
     startup.open_store(asked).close()
+
+
+def changed(folder, into, alpha):
+    """The same adapter with another scale."""
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"lora_alpha": alpha}
+    shutil.copytree(folder, into, dirs_exist_ok=True)
+    (into / "adapter_config.json").write_text(json.dumps(config))
+    return into
+
+
+def test_the_command_lines_folder_is_taken_up_when_it_has_changed(load, checkpoint, tmp_path):
+    for revision, alpha in enumerate((3, 5), start=1):
+        folder = changed(checkpoint[0] / "legal", tmp_path / "folder", alpha)
+        for _ in range(2):
+            entry = load(lora_modules={"legal": folder}).ready().registry.entry("legal")
+            assert (entry.revision, entry.generation) == (revision, hash_folder(folder))
+            load.end()
+
+
+def test_what_clients_made_of_a_name_outlives_the_same_command(load, checkpoint, tmp_path, caplog):
+    registry = load().ready().registry
+    first = registry.entry("legal").generation
+    uploaded = registry.put_folder("legal", changed(checkpoint[0] / "legal", tmp_path / "upload", 3)).entry
+    load.end()
+    caplog.clear()
+    registry = load().ready().registry
+    assert registry.entry("legal") == uploaded
+    (warned,) = [record.getMessage() for record in caplog.records if record.name == "server.startup"]
+    for part in ("name=legal", uploaded.generation, first):
+        assert part in warned
+    registry.rollback("legal", first)
+    load.end()
+    caplog.clear()
+    registry = load().ready().registry
+    assert registry.entry("legal").revision == 3
+    assert not caplog.records, "the name is where the flag would have it"
+    registry.delete("legal")
+    load.end()
+    assert load().ready().registry.entry("legal").revision == 1
 
 
 def test_an_adapter_of_the_command_line_that_is_refused_is_named(load, checkpoint):

@@ -277,6 +277,21 @@ def test_a_restart_removes_what_has_no_name(shop):
     assert shop.store.generations() == set()
 
 
+def test_a_restart_knows_who_moved_a_name(shop):
+    def movers():
+        return [shop.registry.entry("legal").mover, shop.reopen().entry("legal").mover]
+
+    shop.registry.put_folder("legal", shop.folder(1), mover="start")
+    assert movers() == ["start"] * 2
+    shop.put("legal", 1)
+    assert movers() == ["start"] * 2, "nothing has moved"
+    shop.put("legal", 2)
+    assert movers() == ["client"] * 2
+    shop.registry.put_folder("legal", shop.folder(3), mover="start")
+    shop.registry.rollback("legal", 1)
+    assert movers() == ["client"] * 2
+
+
 def test_names_that_do_not_fit_another_base_are_kept(shop):
     shop.put("legal", 1)
     registry = shop.reopen(layout=make_layout(1))

@@ -67,7 +67,7 @@ def test_a_damaged_generation_is_mended_by_the_same_content(store, tmp_path):
 
 
 def test_names_are_written_and_read(store):
-    record = Record(1, 10, 10, (Target(G1),)).moved(G2, 20, keep_versions=5)
+    record = Record(1, 10, 10, (Target(G1),)).moved(G2, 20, keep_versions=5, mover="start")
     store.write("legal.v1", record)
     assert store.names() == ["legal.v1"]
     assert store.read("legal.v1") == record
@@ -75,6 +75,7 @@ def test_names_are_written_and_read(store):
     assert raw["schema"] == 1
     assert raw["targets"] == [{"generation": G2, "weight": 1.0}]
     assert raw["history"] == [{"generation": G1, "revision": 1, "time": 10}]
+    assert raw["mover"] == "start"
     store.remove("legal.v1")
     assert store.names() == []
 
@@ -134,6 +135,8 @@ GOOD = {
         {"targets": [G1]},
         {"history": [{"generation": G1}]},
         {"history": None},
+        {"mover": "nobody"},
+        {"mover": ["client"]},
     ],
 )
 def test_broken_records(change):
