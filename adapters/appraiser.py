@@ -10,19 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from adapters.adapter import Adapter, Layout
 from adapters.entry import Facts
 from adapters.errors import AdapterError, Finding
-from adapters.peft_format import Keep, Outline, copied, inspect_adapter, mapped, read_adapter, scan_adapter
+from adapters.peft_format import Keep, Outline, copied, inspect_adapter, read_adapter, scan_adapter
 
 
 @dataclass(frozen=True, slots=True)
 class Appraiser:
     """The base's layout, the server's limits, and `fits`, which raises AdapterError for what could never be admitted.
 
-    `fits` may be given an adapter whose tensors are on the meta device. `keep` says whether weights that were read are
-    copied out of their file.
+    `fits` is given an adapter whose tensors are on the meta device, of the type and size that `read` will keep. `keep`
+    says whether weights that were read are copied out of their file.
     """
 
     layout: Layout
@@ -37,13 +38,17 @@ class Appraiser:
 
     def validate(self, folder: Path, generation: str) -> Facts:
         """Facts of an adapter of which every value was looked at and none kept; AdapterError if it cannot be served."""
-        outline = scan_adapter(folder, generation, self.layout, self.dtype, self.max_rank, mapped)
+
+        def weigh(values: Tensor, dtype: torch.dtype) -> Tensor:
+            return self.keep(values.to("meta"), dtype)
+
+        outline = scan_adapter(folder, generation, self.layout, self.dtype, self.max_rank, weigh)
         return self._facts(folder, outline)
 
     def inspect(self, folder: Path, generation: str) -> Facts:
         """Facts by the header and the config alone; what is wrong is among them."""
         try:
-            outline = inspect_adapter(folder, generation, self.layout, self.dtype, self.max_rank)
+            outline = inspect_adapter(folder, generation, self.layout, self.dtype, self.max_rank, self.keep)
             return self._facts(folder, outline)
         except AdapterError as error:
             return Facts(findings=error.findings or (Finding(folder.name, error.message),))

@@ -18,7 +18,7 @@ from adapters.errors import AdapterError, Finding
 from adapters.findings import Findings
 from adapters.peft_config import CONFIG_BYTES, CONFIG_FILE, PeftConfig, parse_config
 from adapters.peft_header import TENSOR_FILE, Placed, place
-from adapters.tensor_file import TensorFile, open_tensors
+from adapters.tensor_file import DTYPES, Header, TensorFile, open_tensors
 
 Keep = Callable[[Tensor, torch.dtype], Tensor]  # what becomes of a tensor of the mapped file
 
@@ -34,7 +34,7 @@ class Outline:
 
 
 def inspect_adapter(
-    folder: Path, generation: str, layout: Layout, dtype: torch.dtype, max_rank: int
+    folder: Path, generation: str, layout: Layout, dtype: torch.dtype, max_rank: int, keep: Keep
 ) -> Outline:
     """Check config, names and shapes; cheap, and blind to the values: tensors are on the meta device."""
     findings = Findings()
@@ -44,8 +44,8 @@ def inspect_adapter(
         Delta(
             item.site,
             item.member,
-            torch.empty(item.pair.a.shape, dtype=dtype, device="meta"),
-            torch.empty(item.pair.b.shape[::-1], dtype=dtype, device="meta"),
+            keep(_weightless(item.pair.a), dtype),
+            keep(_weightless(item.pair.b).t(), dtype),
             _scale(config, item),
         )
         for item in placed
@@ -53,9 +53,14 @@ def inspect_adapter(
     return Outline(Adapter(generation, deltas), config.base_model if config else "")
 
 
+def _weightless(header: Header) -> Tensor:
+    """The tensor without its values."""
+    return torch.empty(header.shape, dtype=DTYPES[header.dtype], device="meta")
+
+
 def copied(values: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous tensor of its own, of the type that the device wants: copied on from there without a detour."""
-    return torch.empty(values.shape, dtype=dtype).copy_(values)
+    return torch.empty(values.shape, dtype=dtype, device=values.device).copy_(values)
 
 
 def mapped(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from adapters.errors import AdapterError
-from adapters.peft_format import inspect_adapter, mapped, read_adapter
+from adapters.peft_format import copied, inspect_adapter, mapped, read_adapter
 from adapters.pool import Pool
 from tests.adapters.samples import (
     make_config,
@@ -62,7 +62,7 @@ def test_factors_are_read_rank_major_and_contiguous(tmp_path, stored, dtype):
 
 def test_inspect_tells_the_same_without_reading_values(tmp_path):
     folder = write_folder(tmp_path)
-    whole, outline = read(folder), inspect_adapter(folder, "g", LAYOUT, torch.float32, 64)
+    whole, outline = read(folder), inspect_adapter(folder, "g", LAYOUT, torch.float32, 64, copied)
     assert outline.base_model == "some/base"
     assert outline.adapter.nbytes == whole.nbytes
     for seen, delta in zip(outline.adapter.deltas, whole.deltas, strict=True):
