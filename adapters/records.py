@@ -14,6 +14,7 @@ from adapters.errors import AdapterError
 
 SCHEMA = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME_RULE = "use 1 to 64 letters, digits, '.', '_' or '-', the first a letter or a digit"
 GENERATION = re.compile(r"[0-9a-f]{64}")
 
 Mover = Literal[
@@ -78,8 +79,7 @@ def check_name(name: str) -> None:
     if not NAME.fullmatch(name):
         raise AdapterError(
             "invalid_adapter_name",
-            f"{json.dumps(name[:80])} is not a name for an adapter; use 1 to 64 letters, digits, "
-            "'.', '_' or '-', the first a letter or a digit",
+            f"{json.dumps(name[:80])} is not a name for an adapter; {NAME_RULE}",
         )
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from adapters.records import NAME, NAME_RULE
 from server.config_values import (
     GIB,
     ByteSize,
@@ -198,6 +199,18 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _modules_are_for_this_base(self) -> Self:
         for name, _, base in self.lora_modules:
+            if not NAME.fullmatch(name):
+                raise PydanticCustomError(
+                    "modules",
+                    "--lora-modules: {name} is not a name; {rule}",
+                    {"name": repr(name), "rule": NAME_RULE},
+                )
+            if name in self.base_names:
+                raise PydanticCustomError(
+                    "modules",
+                    "--lora-modules: {name} is the base's own name; choose another, or another --served-model-name",
+                    {"name": name},
+                )
             if base is not None and base not in self.base_names:
                 raise PydanticCustomError(
                     "modules",

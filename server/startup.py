@@ -103,6 +103,7 @@ def _fill(settings: Settings, serving: Serving, store: Store) -> None:
     served = assemble(settings, servable, plan, tokenizer, store)
     serving.detail, serving.progress = "registering adapters", 0.9
     register_modules(settings, served.registry)
+    warn_of_hidden(settings, served.registry)
     if isinstance(served.engine.runner, DeviceRunner):
         capture_graphs(served.engine.runner, serving)
     served.engine.start()
@@ -132,6 +133,17 @@ def register_modules(settings: Settings, registry: Registry) -> None:
                 registry.put_folder(name, folder, mover="start")
         except AdapterError as error:
             raise SettingsError(f"--lora-modules {name}={folder}: {error}") from error
+
+
+def warn_of_hidden(settings: Settings, registry: Registry) -> None:
+    """Name stored adapters that cannot be asked for as `model`, since the base has come to have their name."""
+    for name in sorted(settings.base_names):
+        if name in registry:
+            logger.warning(
+                "the base has the name of a stored adapter, which `model` does not reach any more; choose another "
+                "--served-model-name, or put the adapter under another name: name=%s",
+                name,
+            )
 
 
 def model_source(settings: Settings) -> ModelSource:

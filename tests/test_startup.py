@@ -438,6 +438,16 @@ def test_what_clients_made_of_a_name_outlives_the_same_command(load, checkpoint,
     assert load().ready().registry.entry("legal").revision == 1
 
 
+def test_an_adapter_whose_name_the_base_has_taken_is_told_of(load, caplog):
+    load()
+    load.end()
+    caplog.clear()
+    load(lora_modules={}, served_model_name="other,legal")
+    (warned,) = [record.getMessage() for record in caplog.records if record.name == "server.startup"]
+    assert "name=legal" in warned
+    assert "--served-model-name" in warned
+
+
 def test_an_adapter_of_the_command_line_that_is_refused_is_named(load, checkpoint):
     root, _ = checkpoint
     with pytest.raises(SettingsError, match=r"--lora-modules legal=.*/base: .*adapter_config.json"):

@@ -141,6 +141,12 @@ def test_spellings_of_nf4():
         ({"model": "m", "max_upload_bytes": "0"}, ["--max-upload-bytes", "greater than or equal to 1"]),
         ({"model": "m", "lora_modules": ["a"]}, ["--lora-modules", "name=path"]),
         ({"model": "m", "lora_modules": ["a=/x", "a=/y"]}, ["--lora-modules", "twice"]),
+        ({"model": "m", "lora_modules": ["_a=/x"]}, ["--lora-modules", "'_a'", "use 1 to 64 letters"]),
+        ({"model": "m", "lora_modules": ["m=/x"]}, ["--lora-modules", "m is the base's own name"]),
+        (
+            {"model": "/x/m", "served_model_name": "a,b", "lora_modules": ["b=/x"]},
+            ["--lora-modules", "b is the base's own name", "--served-model-name"],
+        ),
         ({"model": "m", "prefill_chunk": "600"}, ["--prefill-chunk 600", "--max-num-batched-tokens 512"]),
         ({"model": "m", "shutdown_timeout": "nan"}, ["--shutdown-timeout"]),
     ],
