@@ -28,10 +28,12 @@ USED = frozenset(
 )
 
 # No effect on what the tensors mean. The tensors' own keys say which modules are adapted and whether biases
-# were trained; `fan_in_fan_out` is how the base stores its weight: A and B have the same shapes either way.
+# were trained; `fan_in_fan_out` is how the base stores its weight: A and B have the same shapes either way;
+# `ensure_weight_tying` is about embeddings, whose tensors are refused by their own names.
 NO_EFFECT = frozenset(
     {
-        *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules"),
+        *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying"),
+        *("eva_config", "exclude_modules"),
         *("fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config"),
         *("lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision"),
         *("runtime_config", "target_modules", "task_type"),
@@ -41,7 +43,6 @@ NO_EFFECT = frozenset(
 REFUSED: Mapping[str, str] = {
     "alora_invocation_tokens": "an activated LoRA changes only the tokens after its invocation tokens",
     "arrow_config": "Arrow routes between adapters",
-    "ensure_weight_tying": "tied embeddings are trained",
     "kasa_config": "KaSA scales the singular values of the base",
     "layer_replication": "the base's layers are repeated",
     "lora_bias": "a bias is trained beside B",

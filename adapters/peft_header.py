@@ -24,7 +24,7 @@ _UNSUPPORTED: dict[Part, str] = {
     "token": "holds embeddings of single tokens (trainable_token_indices)",
     "bias": "is a trained bias of the base",
     "module": "is a whole matrix (modules_to_save, or an embedding saved with the adapter)",
-    "base copy": "is a copy of a matrix that this base has in another shape",
+    "base copy": "belongs to an adapted embedding or output head",
     "mlx": "is a factor as mlx-lm writes it, transposed and with another scale",
     "image": "belongs to an image model's LoRA (kohya or diffusers)",
     "gguf": "is named as in a GGUF file, whose rows are permuted",
@@ -97,7 +97,9 @@ def _check_other(header: Header, key: Key, layout: Layout, names: Names, finding
         site, member = layout.modules[own]
         if header.shape == (layout.sites[site].members[member].out_features, layout.sites[site].in_features):
             return
-    if key.part == "unknown":
+        problem = "is a copy of a matrix that this base has in another shape, which is not served"
+        findings.unsupported("resized", Finding(header.name, problem))
+    elif key.part == "unknown":
         findings.invalid("unknown tensor", Finding(header.name, "is not a tensor that peft writes for LoRA"))
     else:
         finding = Finding(header.name, f"{_UNSUPPORTED[key.part]}, which is not served")

@@ -67,7 +67,6 @@ def test_what_peft_writes_by_default_passes(tmp_path):
         {"monteclora_config": {"x": 1}},
         {"velora_config": {"x": 1}},
         {"megatron_config": {"x": 1}},
-        {"ensure_weight_tying": True},
     ],
     ids=lambda settings: next(iter(settings)),
 )
@@ -116,6 +115,7 @@ def test_settings_without_effect_pass():
         fan_in_fan_out=True,
         task_type="CAUSAL_LM",
         layers_to_transform=[1],
+        ensure_weight_tying=True,
     )
 
 
