@@ -107,7 +107,7 @@ class PeftConfig:
 
 
 def parse_config(data: bytes, findings: Findings) -> PeftConfig | None:
-    """Read a config, adding what is wrong with it to the findings; None if nothing can be made of it."""
+    """Read a config, adding what is wrong with it to the findings; None if ranks and scales are not known from it."""
     try:
         raw = json.loads(data, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -132,12 +132,16 @@ def parse_config(data: bytes, findings: Findings) -> PeftConfig | None:
     for key, value, valid, wanted in (("r", rank, is_rank, RANK), ("lora_alpha", alpha, is_number, NUMBER)):
         if not valid(value):
             findings.invalid(key, Finding(f"{CONFIG_FILE}: {key}", f"is {short(value)}, not {wanted}"))
+    rank_pattern = compile_patterns(CONFIG_FILE, raw, "rank_pattern", is_rank, RANK, findings)
+    alpha_pattern = compile_patterns(CONFIG_FILE, raw, "alpha_pattern", is_number, NUMBER, findings)
+    if not is_rank(rank) or not is_number(alpha) or rank_pattern is None or alpha_pattern is None:
+        return None  # what it meant to say of ranks is not known, and is held against no tensor
     return PeftConfig(
-        rank=rank if is_rank(rank) else DEFAULT_RANK,
-        alpha=float(alpha) if is_number(alpha) else DEFAULT_ALPHA,
+        rank=rank,
+        alpha=float(alpha),
         rslora=bool(raw.get("use_rslora", False)),
-        rank_pattern=compile_patterns(CONFIG_FILE, raw, "rank_pattern", is_rank, RANK, findings),
-        alpha_pattern=compile_patterns(CONFIG_FILE, raw, "alpha_pattern", is_number, NUMBER, findings),
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
         base_model=_sound(base_model)[:BASE_MODEL] if isinstance(base_model, str) else "",
     )
 

@@ -16,6 +16,7 @@ from adapters.peft_keys import Key, Names, Part, parse_key
 from adapters.tensor_file import DTYPES, Header
 
 TENSOR_FILE = "adapter_model.safetensors"
+NAME_LENGTH = 512  # characters of a tensor's name
 
 _UNSUPPORTED: dict[Part, str] = {
     "magnitude": "is a DoRA magnitude",
@@ -69,6 +70,10 @@ def _pair(headers: Iterable[Header], layout: Layout, names: Names, findings: Fin
     """Factors by module; all else is refused, but for copies of the base's own matrices."""
     factors: dict[str, dict[Part, Header]] = {}
     for header in headers:
+        if len(header.name) > NAME_LENGTH:  # a pattern of the config takes the third power of it
+            finding = Finding(f"{header.name[:80]}...", f"has a name of more than {NAME_LENGTH} characters")
+            findings.invalid("long name", finding)
+            continue
         key = parse_key(header.name)
         if key.part not in ("A", "B"):
             _check_other(header, key, layout, names, findings)

@@ -16,8 +16,14 @@ from adapters.errors import Finding
 from adapters.findings import Findings, short
 
 PATTERN_STEPS = 1_000_000  # most steps that one pattern may take on one name
-REPEATS = 16  # more repeats than these are past every bound already
+PATTERN_LENGTH = 8192  # a linear of every layer of a large model by its full name
 NAME_LENGTH = 64  # assumed of a module's name when a pattern's steps are estimated
+
+_TOKEN = re.compile(
+    r"(?P<open>\((?!\?)|\(\?(?:[aiLmsu]*:|<?[=!]|P<\w+>))|(?P<odd>\(\?)|(?P<close>\))|(?P<or>\|)"
+    r"|(?P<repeat>[*+{])|(?P<maybe>\?)|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,38 +52,69 @@ def compile_patterns(
     valid: Callable[[object], bool],
     wanted: str,
     findings: Findings,
-) -> tuple[Pattern, ...]:
-    """The table `key` of a config; an entry whose value is not `valid`, or else wrong, is a finding."""
+) -> tuple[Pattern, ...] | None:
+    """The table `key` of a config; None if an entry's value is not `valid`, or else wrong: each is a finding."""
     table = raw.get(key) or {}
     if not isinstance(table, dict):
         findings.invalid(key, Finding(f"{file}: {key}", f"is {short(table)}, not a JSON object"))
-        return ()
+        return None
     found: list[Pattern] = []
     for text, value in table.items():
         where = f"{file}: {key}[{short(text)}]"
         if not valid(value):
             findings.invalid(key, Finding(where, f"is {short(value)}, not {wanted}"))
             continue
-        if len(text) > 512 or _steps(text) > PATTERN_STEPS:
-            findings.invalid(key, Finding(where, "takes too long to match", "write module names as keys"))
-            continue
         try:
-            regex = re.compile(rf"(.*\.)?({text})$")
+            regex = compile_quick(rf"(.*\.)?({text})$", text)
         except (re.error, OverflowError, RecursionError) as error:
             findings.invalid(key, Finding(where, f"is not a regular expression: {short(str(error))}"))
             continue
+        if regex is None:
+            findings.invalid(key, Finding(where, "takes too long to match", "write module names as keys"))
+            continue
         found.append(Pattern(regex, _tail(text), value))
-    return tuple(found)
+    return tuple(found) if len(found) == len(table) else None
+
+
+def compile_quick(whole: str, given: str) -> re.Pattern[str] | None:
+    """`whole`, whose part `given` is a stranger's; None if a match might take more than PATTERN_STEPS."""
+    if len(given) > PATTERN_LENGTH:
+        return None
+    regex = re.compile(whole)  # first: of what is no regular expression, steps cannot be told
+    return regex if _steps(given) <= PATTERN_STEPS else None
 
 
 def _steps(text: str) -> float:
-    """About how many steps a match may take at worst; without end for a repeated group."""
-    text = text.replace("(?:", "(")
-    if re.search(r"\)[*+{]", text):
-        return math.inf
-    repeats = sum(text.count(sign) for sign in "*+?{")
-    groups = text.count("(") + 1
-    return float(NAME_LENGTH) ** min(repeats, REPEATS) * (text.count("|") / groups + 1) ** groups
+    """In how many ways a regular expression could match one name, and so about how many steps it takes at worst.
+
+    Ways of what stands in a row multiply, those of alternatives add up. A repeat has as many as the name is long, and
+    no end if what it repeats has several itself. Comments and other rare forms are not looked into.
+    """
+    groups: list[
+        list[float]
+    ] = []  # of those that are open: ways of earlier alternatives, and of the one before them
+    earlier, before, last = 0.0, 1.0, 1.0  # `last` is of the latest item, which a repeat may yet change
+    for token in _TOKEN.finditer(text):
+        match token.lastgroup:
+            case "open":
+                groups.append([earlier, before * last])
+                earlier, before, last = 0.0, 1.0, 1.0
+            case "odd":
+                return math.inf
+            case "close" if not groups:  # "a)|(b", which is whole among what surrounds it
+                return math.inf
+            case "close":
+                whole = earlier + before * last
+                (earlier, before), last = groups.pop(), whole
+            case "or":
+                earlier, before, last = earlier + before * last, 1.0, 1.0
+            case "repeat":
+                last = NAME_LENGTH if last == 1 else math.inf
+            case "maybe":
+                last += 1
+            case _:
+                before, last = before * last, 1.0
+    return earlier + before * last
 
 
 def _tail(text: str) -> str:

@@ -15,6 +15,7 @@ from peft.utils.other import get_pattern_key
 from adapters.errors import AdapterError
 from adapters.findings import Findings
 from adapters.peft_config import NO_EFFECT, REFUSED, USED, Trained, parse_config
+from adapters.peft_patterns import _steps
 from tests.adapters.samples import make_config
 
 MODULES = [
@@ -188,13 +189,66 @@ def test_patterns_match_as_in_peft(pattern):
 
 
 @pytest.mark.parametrize(
-    "key", ["(", "(a+)+x", "(a|a)*", "(.*)*", ".*.*.*.*.*x", "(?i)q", "a" * 600, "(a{1,9}){9}"]
+    "key",
+    [
+        *("(", "(a+)+x", "(a|a)*", "(.*)*", ".*.*.*.*.*x", "(?i)q", "a" * 9000, "(a{1,9}){9}"),
+        *(
+            r"(\w+\.)+x",
+            "((a)+)+",
+            "(a??){9}",
+            "(?#[)(a+)+(?#])",
+            "(?x: # [\n (a+)+ # ]\n)",
+            "(?P<a>.)(?P=a)+",
+        ),
+        *("[a", ")", "a)|(b"),
+    ],
 )
 def test_patterns_that_cannot_be_matched_are_findings(key):
     for name in ("rank_pattern", "alpha_pattern"):
         error = refused(**{name: {key: 8}})
         assert error.code == "invalid_adapter"
+        assert len(error.findings) == 1
         assert name in str(error)
+
+
+LAYERS = "|".join(f"model.layers.{layer}.self_attn.q_proj" for layer in range(28))
+
+
+@pytest.mark.parametrize(
+    ("key", "fits"),
+    [
+        (LAYERS, "model.layers.27.self_attn.q_proj"),
+        (r"(model\.)?layers\.(\d)+\.self_attn\.q_proj", "model.layers.27.self_attn.q_proj"),
+        (
+            r"(?:model\.)?layers\.(?P<layer>[0-9]{1,2})\.(self_attn|mlp)\.[qkv]_proj",
+            "layers.3.self_attn.k_proj",
+        ),
+        (r"[]|(+*)a-z_.0-9]+\.q_proj", "model.layers.0.self_attn.q_proj"),
+        (r"(?<=\.)(q|k|v|o)_proj(?!\w)", "model.layers.0.self_attn.o_proj"),
+    ],
+)
+def test_patterns_that_do_no_harm_are_matched(key, fits):
+    assert len(LAYERS) > 512
+    config = parse(rank_pattern={key: 9})
+    found = config.trained([fits, "model.layers.0.mlp.up_proj"], Findings())
+    assert [trained.rank for trained in found.values()] == [9, 4]
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("a", 1),
+        ("a|b|c", 3),
+        ("(a|b)(c|d)", 4),
+        ("a?b", 2),
+        ("a+(b|c)?", 192),
+        (r"\(a\)*", 64),
+        ("(a)*", 64),
+        ("(a|b)*", math.inf),
+    ],
+)
+def test_steps_are_the_ways_to_match(text, steps):
+    assert _steps(text) == steps
 
 
 @pytest.mark.parametrize("sign", ["*", "?", "+", "{"])

@@ -174,6 +174,26 @@ def test_a_rank_that_disagrees_with_the_config(tmp_path):
     read(write_folder(tmp_path / "other", make_config(r=8, rank_pattern={"q_proj": 4, "v_proj": 4})))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"rank_pattern": {"(.*)*": 8}}, {"rank_pattern": {"(": 8}}, {"r": 0}, {"alpha_pattern": {"q": "x"}}],
+)
+def test_a_config_that_cannot_be_read_accuses_no_tensor(tmp_path, settings):
+    folder = write_folder(tmp_path, make_config(**{"r": 9} | settings))
+    with pytest.raises(AdapterError) as caught:
+        read(folder)
+    (finding,) = caught.value.findings
+    assert finding.where.startswith("adapter_config.json")
+
+
+def test_a_name_of_any_length_is_refused_before_a_pattern_sees_it(tmp_path):
+    long = {f"{Q0}{'x' * 20_000}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
+    config = make_config(rank_pattern={".*.*.*": 4})
+    said = refused(write_folder(tmp_path, config, tensors=make_tensors() | long))
+    assert "has a name of more than 512 characters" in said
+    assert len(said) < 1000
+
+
 def test_rank_zero_and_rank_over_the_cap(tmp_path):
     assert "has rank 0" in refused(write_folder(tmp_path / "zero", tensors=make_tensors(rank=0)))
     folder = write_folder(tmp_path / "high", make_config(r=9), make_tensors(rank=9))
