@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from adapters.errors import Finding
 from adapters.findings import Findings, short
 from adapters.peft_patterns import Pattern, compile_patterns, first_match, is_number, is_rank
+from adapters.peft_targets import Condition, conditions
 
 CONFIG_FILE = "adapter_config.json"
 CONFIG_BYTES = 8 * 1024 * 1024  # peft writes a few kilobytes; with every module by name, a few hundred
@@ -24,19 +25,20 @@ DEFAULT_RANK = 8  # peft's defaults, for a config that leaves them out
 DEFAULT_ALPHA = 8
 
 USED = frozenset(
-    {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+    {
+        *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    }
 )
 
-# No effect on what the tensors mean. The tensors' own keys say which modules are adapted and whether biases
-# were trained; `fan_in_fan_out` is how the base stores its weight: A and B have the same shapes either way;
-# `ensure_weight_tying` is about embeddings, whose tensors are refused by their own names.
+# No effect on what the tensors mean. The tensors' own keys say whether biases were trained; `fan_in_fan_out` is how the
+# base stores its weight: A and B have the same shapes either way; `ensure_weight_tying` is about embeddings, whose
+# tensors are refused by their own names.
 NO_EFFECT = frozenset(
     {
         *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying"),
-        *("eva_config", "exclude_modules"),
-        *("fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config"),
-        *("lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision"),
-        *("runtime_config", "target_modules", "task_type"),
+        *("eva_config", "fan_in_fan_out", "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config"),
+        *("megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
     }
 )
 
@@ -65,6 +67,10 @@ CONVERSION = (
     "which gives a plain LoRA"
 )
 
+UNTARGETED = (
+    "send the config that was saved with these tensors (target_modules, exclude_modules, layers_to_transform)"
+)
+
 RANK, NUMBER = "a whole number above 0", "a finite number"
 PATTERN_SECONDS = 5.0  # for all patterns on all names
 
@@ -79,13 +85,14 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """What a config says about ranks and scales."""
+    """What a config says about ranks and scales, and of which modules."""
 
     rank: int
     alpha: float
     rslora: bool
     rank_pattern: tuple[Pattern, ...]
     alpha_pattern: tuple[Pattern, ...]
+    targets: tuple[Condition, ...]  # all that a module's name must meet
     base_model: str
 
     def scale(self, trained: Trained) -> float:
@@ -97,6 +104,9 @@ class PeftConfig:
         deadline = time.monotonic() + PATTERN_SECONDS
         found: dict[str, Trained] = {}
         for module in modules:
+            if not all(meets(module) for meets in self.targets):
+                problem = "is not a module that the config targets, so that peft would leave it out"
+                findings.invalid("target", Finding(module, problem, UNTARGETED))
             rank = first_match(self.rank_pattern, module, self.rank)
             found[module] = Trained(int(rank), first_match(self.alpha_pattern, module, self.alpha))
             if time.monotonic() > deadline:
@@ -142,6 +152,7 @@ def parse_config(data: bytes, findings: Findings) -> PeftConfig | None:
         rslora=bool(raw.get("use_rslora", False)),
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
+        targets=conditions(raw),
         base_model=_sound(base_model)[:BASE_MODEL] if isinstance(base_model, str) else "",
     )
 

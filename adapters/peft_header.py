@@ -115,7 +115,8 @@ def _find(
     pairs: list[Pair], config: PeftConfig | None, layout: Layout, names: Names, findings: Findings
 ) -> list[Placed]:
     """Find each pair's module in the base, and its scale."""
-    trained = config.trained((pair.module for pair in pairs), findings) if config else {}
+    ours = (pair.module for pair in pairs if names.find(pair.module) is not None)
+    trained = config.trained(ours, findings) if config else {}
     placed: dict[str, Placed] = {}
     strangers: list[Pair] = []
     for pair in pairs:

@@ -103,7 +103,6 @@ def test_unknown_settings_are_refused_only_if_they_say_something():
 def test_settings_without_effect_pass():
     parse(
         bias="all",
-        target_modules="all-linear",
         lora_dropout=0.5,
         megatron_core="megatron.core",
         qalora_group_size=16,
@@ -115,7 +114,6 @@ def test_settings_without_effect_pass():
         auto_mapping={"unsloth_fixed": True},
         fan_in_fan_out=True,
         task_type="CAUSAL_LM",
-        layers_to_transform=[1],
         ensure_weight_tying=True,
     )
 

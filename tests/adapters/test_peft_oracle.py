@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import peft
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from adapters.errors import AdapterError
 from adapters.peft_format import read_adapter
+from adapters.peft_targets import conditions
 from tests.adapters.samples import LAYERS, make_layout, shapes
 
 LAYOUT = make_layout()
@@ -104,6 +107,69 @@ def test_what_peft_saves_for_other_features_is_refused(tmp_path, settings):
     with pytest.raises(AdapterError) as caught:
         read_adapter(tmp_path, "g", LAYOUT, torch.float32, 64)
     assert caught.value.code == "unsupported_adapter_feature"
+
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS: dict[str, dict[str, object]] = {
+    "as saved": {},
+    "one name": {"target_modules": ["q_proj"]},
+    "full names": {"target_modules": ["model.layers.0.self_attn.q_proj", "1.mlp.up_proj", "proj"]},
+    "all linear": {"target_modules": "All-Linear"},
+    "an expression": {"target_modules": r"model\.layers\.\d+\.(self_attn|mlp)\.(q|up)_proj"},
+    "an expression of the end": {"target_modules": ".*[qk]_proj"},
+    "a name is barred": {"exclude_modules": ["q_proj", "model.layers.1.mlp.up_proj", "mlp"]},
+    "an expression is barred": {"exclude_modules": r".*\.mlp\..*"},
+    "all linear but one": {"target_modules": "all-linear", "exclude_modules": ["q_proj"]},
+    "a layer": {"layers_to_transform": 1},
+    "layer zero": {"layers_to_transform": 0},
+    "layers": {"layers_to_transform": [1, 7]},
+    "no layers": {"layers_to_transform": []},
+    "a layer by its pattern": {"layers_to_transform": [0], "layers_pattern": "layers"},
+    "a layer by patterns": {"layers_to_transform": [0], "layers_pattern": ["h", "layers"]},
+    "a layer by a full name": {
+        "target_modules": ["model.layers.0.mlp.up_proj", "q_proj"],
+        "layers_to_transform": [1],
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", TARGETS)
+def test_modules_that_peft_leaves_out_are_told(tmp_path, name):
+    """Every module has its tensors, and the config was changed after the training."""
+    save(tmp_path, target_modules=ALL)
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | TARGETS[name]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = peft.PeftModel.from_pretrained(Base(), tmp_path)
+    adapted = {
+        module.removeprefix("base_model.model.")
+        for module, layer in model.named_modules()
+        if isinstance(layer, peft.tuners.lora.LoraLayer)
+    }
+    met = {module for module in LAYOUT.modules if all(meets(module) for meets in conditions(config))}
+    assert met == adapted
+    if adapted == set(LAYOUT.modules):
+        read_adapter(tmp_path, "g", LAYOUT, torch.float32, 64)
+        return
+    with pytest.raises(AdapterError, match="is not a module that the config targets") as caught:
+        read_adapter(tmp_path, "g", LAYOUT, torch.float32, 64)
+    assert caught.value.code == "invalid_adapter"
+    assert {finding.where for finding in caught.value.findings[:5]} <= set(LAYOUT.modules) - adapted
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": r".*.*.*.*(q|k)_proj"},
+        {"target_modules": "("},
+        {"target_modules": 5, "exclude_modules": {"a": 1}},
+        {"target_modules": None},
+        {"target_modules": ["q_proj"], "layers_to_transform": ["1"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "("},
+    ],
+)
+def test_what_cannot_be_told_of_targets_refuses_nothing(settings):
+    assert all(meets("model.layers.0.self_attn.q_proj") for meets in conditions(settings))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
