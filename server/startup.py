@@ -43,6 +43,7 @@ from server.model.linear import NOT_OURS
 from server.model.load import ModelSource, kind_of_weights, load_model
 from server.model.runner import Runner
 from server.model.servable import ServableModel, make_servable
+from server.model.stand_ins import of_every_kind
 from server.serving import GenerationDefaults, Served, Serving
 from server.text.tokenizer import ChatTemplateError, Tokenizer
 
@@ -293,15 +294,28 @@ def make_runner(
         return Runner(servable, cache)
     pages = min(-(-settings.max_lora_rank // PAGE_RANK), max(plan.pages.values()))
     sizes = GraphSizes(settings.max_num_seqs, plan.max_model_len, pages, settings.max_num_batched_tokens)
-    fixed = settings.batch_invariant
-    layouts = sizes.layouts(servable.layout.groups, cache, servable.query_group, fixed)
-    return DeviceRunner(servable, cache, layouts=[] if settings.enforce_eager else layouts, fixed=fixed)
+    groups, fixed = servable.layout.groups, settings.batch_invariant
+    layouts = sizes.layouts(groups, cache, servable.query_group, fixed)
+    stand_ins = of_every_kind(
+        sequences=sizes.sequences,
+        tokens=sizes.tokens,
+        pages=pages,
+        groups=groups,
+        block_size=cache.block_size,
+    )
+    return DeviceRunner(
+        servable,
+        cache,
+        layouts=[] if settings.enforce_eager else layouts,
+        stand_ins=stand_ins,
+        fixed=fixed,
+    )
 
 
 def capture_graphs(runner: DeviceRunner, serving: Serving) -> None:
-    """Capture what a GPU replays, and say how far it is, to /ready and to whoever watches the terminal."""
-    serving.detail = "capturing CUDA graphs"
-    with tqdm(desc="capturing CUDA graphs", unit="graph", disable=not sys.stderr.isatty()) as bar:
+    """Compile and capture what a GPU runs, and say how far it is, to /ready and to whoever watches the terminal."""
+    serving.detail = "compiling kernels and capturing CUDA graphs"
+    with tqdm(desc=serving.detail, unit="step", disable=not sys.stderr.isatty()) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total, serving.progress = total, 0.9 + 0.1 * done / total

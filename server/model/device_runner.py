@@ -59,6 +59,7 @@ class DeviceRunner:
         cache: KVCache,
         *,
         layouts: Sequence[StepLayout] = (),  # of the steps to capture; all others run as they come
+        stand_ins: Sequence[StepInputs] = (),  # for those: whatever kernel a step may need, one of them needs
         fixed: bool = False,
     ) -> None:
         self.model = servable.model
@@ -66,6 +67,7 @@ class DeviceRunner:
         self.cache = cache
         self.kernels = servable.kernels
         self.fixed = fixed
+        self._stand_ins, self._layouts = stand_ins, layouts
         self.group = servable.query_group
         self._outgoing = [
             _Outgoing(),
@@ -75,9 +77,17 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None]) -> None:
-        """Capture every graph; `progress` is told how many of how many are done."""
+        """Run all stand-ins, so that no request waits for the compiler, and capture every graph.
+
+        `progress` is told how many of how many are done.
+        """
+        before = len(self._stand_ins)
+        for done, inputs in enumerate(self._stand_ins):
+            self.forward(inputs)
+            cuda.synchronize(self.device)  # whose fault it is shows here
+            progress(done + 1, before + len(self._layouts))
         if self._graphs is not None:
-            self._graphs.capture(progress)
+            self._graphs.capture(lambda done, total: progress(before + done, before + total))
 
     def prepare(self, inputs: StepInputs) -> bool:
         """Write a step to the buffer it goes from; `forward` of the same inputs sends it, and their token ids with it.

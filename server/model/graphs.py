@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, cuda
 
-from kernels.segments import FlatSpans, Segment, Span
-from server.model.kv_cache import PADDING_BLOCK, KVCache
+from kernels.segments import FlatSpans
+from server.model.kv_cache import KVCache
 from server.model.runner import StepInputs
+from server.model.stand_ins import stand_in
 from server.model.step_tables import StepLayout, StepTensors
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -178,19 +179,11 @@ def _effort(layout: StepLayout) -> tuple[int, bool, int]:
 
 
 def _stand_in(layout: StepLayout) -> StepInputs:
-    """A full step of the layout, decodes or one prompt, that reads and writes the padding block alone."""
-    rows, pages = layout.rows, _pages(layout)
-    zeros = np.zeros(rows, np.int64)
-    segment = Segment(0, rows, (0,) * pages, (1.0,) * pages)
-    if layout.wanted is None:
-        spans = tuple(Span(row, row + 1, 1, (PADDING_BLOCK,)) for row in range(rows))
-    else:
-        spans = (Span(0, rows, rows, (PADDING_BLOCK,) * -(-rows // layout.block_size)),)
-    return StepInputs(
-        token_ids=zeros,
-        positions=zeros,
-        kv_index=zeros + PADDING_BLOCK * layout.block_size,
-        logits_rows=np.arange(layout.logits),
-        spans=spans,
-        segments=dict.fromkeys(layout.most_pages, (segment,)),
+    """A full step of the layout, decodes or one prompt."""
+    return stand_in(
+        [1] * layout.rows if layout.wanted is None else [layout.rows],
+        layout.logits,
+        groups=layout.most_pages,
+        pages=_pages(layout),
+        block_size=layout.block_size,
     )

@@ -108,11 +108,11 @@ class StepLayout:
     @cached_property
     def _places(self) -> dict[str | None, int]:
         """Where each group's plan begins, and (under None) attention's, which comes last: its end varies most."""
-        at = 3 * self.rows + (self.wanted or 0)
+        at = _aligned(3 * self.rows + (self.wanted or 0))
         places: dict[str | None, int] = {}
         for group, most in self.most_pages.items():
             places[group] = at
-            at += DeltaPlan.sizes(self.rows, most)
+            at = _aligned(at + DeltaPlan.sizes(self.rows, most))
         return {**places, None: at}
 
     @property
@@ -201,3 +201,8 @@ class StepLayout:
             lines=filled.attention_lines if filled else lines,
         )
         return StepTensors(rows[0], rows[1], rows[2], wanted, StepPlans(attention, deltas))
+
+
+def _aligned(place: int) -> int:
+    """The first from there on at which 16 bytes begin: for other addresses Triton compiles a kernel again."""
+    return -(-place // 4) * 4

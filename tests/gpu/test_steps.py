@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import triton
 
 from server.engine.scheduler import Scheduled
 from server.model.cuda import cuda_kernels
 from server.model.device_runner import DeviceRunner
 from server.model.graphs import BUCKETS, GraphSizes
 from server.model.runner import StepInputs
+from server.model.stand_ins import of_every_kind, stand_in
 from tests.bench.gpu_model import BLOCK, Engine, random_llama
 from tests.bench.random_llama import Shape
 
@@ -73,6 +75,23 @@ def test_the_engines_own_sizes_are_captured():
     assert told == list(range(1, 1 + len(sizes.buckets) * len(sizes.classes)))
     inputs = engine.inputs(engine.sequences([0, 1, 2], CONTEXT))
     assert torch.equal(runner.forward(inputs).clone(), as_it_comes(runner, inputs))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_prompt_needs_no_kernel_that_was_not_compiled_before(fixed, monkeypatch):
+    engine = engine_of(fixed)
+    case = {"groups": engine.pages.groups, "block_size": BLOCK}
+    stand_ins = of_every_kind(sequences=6, tokens=511, pages=1, **case)
+    runner = DeviceRunner(engine.servable, engine.cache, stand_ins=stand_ins, fixed=fixed)
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **said: compiled.append(said["repr"]))
+    runner.capture(lambda done, total: None)
+    assert compiled
+    compiled.clear()
+    for lengths in ([37], [100], [300], [511], [1, 60, 1, 90], [1] * 6):
+        for pages in (0, 1):
+            runner.forward(stand_in(lengths, 1, pages=pages, **case))
+            assert not compiled, (lengths, pages)
 
 
 @pytest.mark.parametrize("adapted", [False, True])

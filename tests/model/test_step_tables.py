@@ -89,6 +89,18 @@ def test_plans_of_the_same_segments_are_left_as_they_are():
             assert plans[0][group].buffer[:size].tolist() == plans[1][group].buffer[:size].tolist()
 
 
+@given(
+    st.integers(1, 300),
+    st.one_of(st.none(), st.integers(1, 64)),
+    st.lists(st.integers(1, 16), max_size=4),
+)
+def test_plans_begin_where_16_bytes_do(rows, wanted, pages):
+    """On a device a buffer does; Triton would compile kernels again for other addresses."""
+    layout = StepLayout(rows, wanted, {f"g{n}": most for n, most in enumerate(pages)}, 40, BLOCK, 1, False)
+    assert len(layout._places) == len(pages) + 1
+    assert all(place % 4 == 0 for place in layout._places.values())
+
+
 def test_attention_comes_last_for_its_end_varies_most():
     layout = bucket(["qkv"])
     inputs = step({"qkv": SEGMENTS})

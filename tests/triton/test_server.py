@@ -18,6 +18,7 @@ from server.model.kernel_set import plain
 from server.model.kv_cache import KVCache
 from server.model.runner import Runner, StepInputs
 from server.model.servable import make_servable
+from server.model.stand_ins import of_every_kind
 from tests.equivalence.models import held_model
 from tests.fake_cuda import fake_device
 from tests.model.tiny import SIZES, make_model
@@ -213,6 +214,28 @@ def test_a_step_without_a_graph_is_prepared_too(folder, cuda):
     cuda.log.clear()
     assert torch.equal(runner.forward(step), plain.forward(replace(step)))
     assert [entry[0] for entry in cuda.log][:1] == ["record"]
+
+
+def test_steps_are_run_as_they_come_before_any_is_captured(folder, cuda):
+    """So that what only they need is compiled before the server is ready, also where nothing is captured."""
+    servable = servable_of(folder, cuda_kernels(CPU, fixed=False))
+    groups, cache = list(servable.layout.groups), cache_of(servable)
+    layouts = GraphSizes(sequences=1, length=40, pages=0).layouts(groups, cache, servable.query_group, False)
+    steps = of_every_kind(sequences=2, tokens=3, pages=1, groups=groups, block_size=BLOCK)
+    assert [(len(s.token_ids), len(s.spans), bool(s.segments)) for s in steps] == [
+        (3, 2, True), (2, 2, True), (2, 1, True), (2, 1, False), (1, 1, True), (1, 1, False)
+    ]  # fmt: skip
+    told = []
+    for captured in ((), layouts):
+        runner = DeviceRunner(servable, cache, layouts=captured, stand_ins=steps)
+        told.clear()
+        cuda.log.clear()
+        runner.capture(lambda done, total: told.append((done, total)))
+        whole = len(steps) + len(captured)
+        assert told == [(done + 1, whole) for done in range(whole)]
+        graphs = [entry[0] for entry in cuda.log].index("capture") if captured else len(cuda.log)
+        assert [entry[0] for entry in cuda.log[:graphs]].count("record") == len(steps)
+        assert not any(k[BLOCK:].any() for k, _ in cache.layers), "written outside the padding block"
 
 
 def test_which_steps_are_replayed(folder, cuda):
