@@ -44,8 +44,15 @@ class Figure:
 class Results:
     """One run's lines, appended to a file of `loadtests/results` as they come: a run that is cut keeps what it saw."""
 
-    def __init__(self, name: str, command: str, seed: int, where: str | None = None) -> None:
-        self._file = RESULTS / f"{name}.jsonl"
+    def __init__(
+        self,
+        name: str,
+        command: str,
+        seed: int,
+        where: str | None = None,
+        copy: Path | None = None,  # a folder that gets every line as well
+    ) -> None:
+        self._files = [folder / f"{name}.jsonl" for folder in (RESULTS, copy) if folder is not None]
         self._run = {
             "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "commit": commit(),
@@ -56,8 +63,9 @@ class Results:
 
     def add(self, **measured: Any) -> None:
         """Keep one measurement."""
-        with self._file.open("a") as lines:
-            lines.write(json.dumps({**self._run, **measured}) + "\n")
+        for file in self._files:
+            with file.open("a") as lines:
+                lines.write(json.dumps({**self._run, **measured}) + "\n")
 
     def close(self, figures: list[Figure]) -> int:
         """Keep and print the figures, and how many are what; 1 when any is short."""

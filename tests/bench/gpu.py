@@ -410,7 +410,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plan = full(torch.device("cuda", torch.cuda.current_device()))
         card = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else "no GPU"
         where = f"{card} in a machine of {os.cpu_count()} cores"
-        results = Results(f"{_gpu_name(plan.device)}-bench", "make gpu-bench", SEED, where)
+        out = os.environ.get("OUT")
+        results = Results(
+            f"{_gpu_name(plan.device)}-bench", "make gpu-bench", SEED, where, Path(out) if out else None
+        )
         if plan.device.type == "cuda":
             results.add(name="gpu", gpu=card, torch=torch.__version__)
         return Bench(plan, results).run()

@@ -168,30 +168,33 @@ class _Case:
     tokens: int  # that are timed of each stream before the upload
 
     async def once(self, name: str, file: Path) -> Disturbance:
-        """Streams begin; they are timed alone, then beside an upload until the new adapter's pages are written."""
+        """Streams begin; they are timed alone, then beside an upload until the new adapter's pages are written.
+
+        What ends a stream ends all of it: nobody waits for tokens that will not come.
+        """
         moments: list[list[float]] = [[] for _ in range(self.streams)]
-        tasks = [
-            asyncio.create_task(_stream(self.made, f"{name}-{i}", moments[i])) for i in range(self.streams)
-        ]
-        await _until(moments, 2 + self.tokens // 10)
-        quiet_from = time.perf_counter()
-        await _until(moments, 3 + self.tokens // 10 + self.tokens)
-        quiet_until = time.perf_counter()
-        reply = await asyncio.to_thread(_upload, self.uploader, f"{self.port} {name} {file}\n")
-        assert reply["status"] in (200, 201), reply
-        generation = self.made.registry.entry(name).generation
-        pool = self.made.engine.residency.pool
-        itself = asyncio.create_task(_stream(self.made, f"{name}-itself", [], generation, tokens=1))
-        while not (pool.arriving(generation) or generation in pool.residents or itself.done()):
-            await asyncio.sleep(0.001)
-        read = time.perf_counter()
-        while not (generation in pool.residents or itself.done()):
-            await asyncio.sleep(0.001)
-        ready = time.perf_counter()
-        await itself
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(_stream(self.made, f"{name}-{i}", moments[i])) for i in range(self.streams)
+            ]
+            await _until(moments, 2 + self.tokens // 10)
+            quiet_from = time.perf_counter()
+            await _until(moments, 3 + self.tokens // 10 + self.tokens)
+            quiet_until = time.perf_counter()
+            reply = await asyncio.to_thread(_upload, self.uploader, f"{self.port} {name} {file}\n")
+            assert reply["status"] in (200, 201), reply
+            generation = self.made.registry.entry(name).generation
+            pool = self.made.engine.residency.pool
+            itself = group.create_task(_stream(self.made, f"{name}-itself", [], generation, tokens=1))
+            while not (pool.arriving(generation) or generation in pool.residents or itself.done()):
+                await asyncio.sleep(0.001)
+            read = time.perf_counter()
+            while not (generation in pool.residents or itself.done()):
+                await asyncio.sleep(0.001)
+            ready = time.perf_counter()
+            await itself
+            for task in tasks:
+                task.cancel()
         times = [reply["began"], reply["sent"], reply["ended"], read, ready]
         stages = {
             name: Gaps.of(moments, *between)

@@ -42,6 +42,19 @@ def test_a_run_fails_when_any_figure_is_short(tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 3
 
 
+def test_a_run_that_is_cut_leaves_its_lines_in_both_places(tmp_path, monkeypatch):
+    kept, copied = tmp_path / "kept", tmp_path / "copied"
+    for folder in (kept, copied):
+        folder.mkdir()
+    monkeypatch.setattr("tests.bench.figures.RESULTS", kept)
+    results = Results("x", "make x", 0, copy=copied)
+    for seconds in (1, 2):
+        results.add(name="step", seconds=seconds)
+        lines = (copied / "x.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["seconds"] == len(lines) == seconds
+        assert lines == (kept / "x.jsonl").read_text().splitlines()
+
+
 def test_what_could_not_be_measured_is_neither_ok_nor_short(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tests.bench.figures.RESULTS", tmp_path)
     absent = Figure("c", None, 2.8, "at least", "this CPU has no VNNI")
