@@ -47,6 +47,36 @@ def test_a_small_model_runs_on_one_thread_and_a_large_one_on_all(servable, monke
     assert startup.default_threads(servable) == torch.get_num_threads()
 
 
+def test_a_device_is_asked_what_is_free_when_loading_has_given_back_what_it_took(monkeypatch, tmp_path):
+    """And torch is told to only when no cycle of modules and weights holds anything any more."""
+    done = []
+
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            done.append("let go")
+
+    class PlannedError(Exception):
+        pass
+
+    def plan(*given):
+        raise PlannedError
+
+    def load(source):
+        Cycle()
+        return make_model()
+
+    monkeypatch.setattr(startup, "load_model", load)
+    monkeypatch.setattr(startup, "plan_memory", plan)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("given back"))
+    with pytest.raises(PlannedError):
+        startup.load(settings(adapter_store=tmp_path / "store"), Serving())
+    assert done == ["let go", "given back"]
+
+
 class TestPlan:
     def test_the_default_is_what_the_sequences_can_use(self, servable):
         plan = plan_memory(settings(), servable)

@@ -1,5 +1,7 @@
 """Whole steps on the device: replays against the same steps run as they come, rows alone and among others."""
 
+import gc
+
 import pytest
 import torch
 import triton
@@ -9,12 +11,15 @@ from server.model.cuda import cuda_kernels
 from server.model.device_runner import DeviceRunner
 from server.model.graphs import BUCKETS, GraphSizes
 from server.model.runner import StepInputs
+from server.model.servable import make_servable
 from server.model.stand_ins import of_every_kind, stand_in
+from server.startup import return_free_memory
 from tests.bench.gpu_model import BLOCK, Engine, random_llama
 from tests.bench.random_llama import Shape
 
 CUDA = torch.device("cuda")
 SMALL = Shape(layers=2, hidden=512, intermediate=1024, heads=8, kv_heads=2, vocabulary=1000)
+LARGE = Shape(layers=4, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=8000)
 CONTEXT = 70
 
 
@@ -125,6 +130,23 @@ def test_a_row_has_the_same_bits_alone_and_among_others(adapted):
         few = engine.runner.forward(engine.inputs([batch[row] for row in rows]))
         for row, logits in zip(rows, few, strict=True):
             assert torch.equal(logits, among[row]), f"row {row}"
+
+
+def test_torch_keeps_none_of_what_loading_took():
+    """Siblings that were joined are more than half of the weights; a memory plan would count them as used."""
+
+    def kept() -> int:
+        return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = kept()
+    model = random_llama(LARGE, CUDA)
+    weights = model.get_memory_footprint()
+    servable = make_servable(model, kernels=cuda_kernels(CUDA, fixed=False))
+    return_free_memory()
+    assert kept() - before < 0.05 * weights
+    assert servable.model is model
 
 
 def test_adapters_change_what_they_should():
