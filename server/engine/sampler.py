@@ -27,6 +27,7 @@ from torch import Tensor, cuda
 from server.engine.sequence import Logprobs, Sequence
 
 _LEAST = 1e-30  # that logits are divided by: what is smaller is 0 in float32
+_ONE = 2.0**50  # a probability of 1 in whole numbers: sums of a row are exact, as int64 and as float64
 _RANKED_ROWS = 32  # of which the likeliest are found at once: int64 keys take twice the room of logits
 
 
@@ -238,8 +239,10 @@ def _keep_top(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     rank = torch.arange(scaled.shape[1], device=scaled.device)
     kept = rank < top_k
     probability = torch.softmax(ordered.masked_fill(~kept, float("-inf")), dim=-1)
-    before = probability.cumsum(dim=-1) - probability
-    kept &= (before < top_p) | (top_p >= 1)  # a rounded sum reaches 1 too early
+    # whole numbers: a GPU sums floats in an order that may be another each time, and then to another sum
+    units = (probability.double() * _ONE).long()
+    before = units.cumsum(dim=-1) - units
+    kept &= (before < top_p.double() * _ONE) | (top_p >= 1)  # what was rounded may reach 1 too early
     return torch.full_like(scaled, float("-inf")).scatter(1, order, ordered.masked_fill(~kept, float("-inf")))
 
 

@@ -1,5 +1,7 @@
 """The next token: greedy, drawn, bounded by k and p, the same in any company, None where logits are no numbers."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -65,6 +67,23 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p):
     kept = torch.full_like(LOGITS, float("-inf"))
     kept[order[:size]] = LOGITS[order[:size]]
     assert chi_square(drawn(LOGITS, 5000, top_p=top_p), torch.softmax(kept, 0)) < 24.3
+
+
+@pytest.mark.parametrize("block", [64, 1000, 4096])
+def test_whatever_the_order_of_summing_top_p_keeps_the_same(monkeypatch, block):
+    """A GPU sums blocks by themselves and adds what lies before them; float32 has room for a sum's order to show."""
+    logits = torch.zeros(20, 100_000)  # and just what the bound falls on
+    limits = torch.full((20, 1), logits.shape[1]), torch.arange(4000, 84_000, 4000)[:, None] / logits.shape[1]
+    want, whole = _keep_top(logits, *limits), torch.Tensor.cumsum
+
+    def in_blocks(x, dim):
+        parts = [whole(part, dim) for part in x.split(block, dim)]
+        for before, part in itertools.pairwise(parts):
+            part += before[:, -1:]
+        return torch.cat(parts, dim)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", in_blocks)
+    assert torch.equal(_keep_top(logits, *limits), want)
 
 
 def test_top_p_is_of_what_top_k_left():

@@ -9,6 +9,7 @@ import torch
 
 from kernels import reference
 from kernels.segments import KV_TILE, Segment, Span, Spans
+from tests.engine.fakes import sampled, sequence
 from tests.equivalence.case import Case, assert_as_good_as_peft, assert_exact
 from tests.equivalence.models import CONFIGS
 from tests.gpu.demo_engine import demo_engine
@@ -111,3 +112,14 @@ def test_adapters_come_and_go_while_others_decode(tmp_path):
 
 async def _again(ask, times: int) -> list[str]:
     return [await ask("Q: What is discharge?\nA:", None, 40) for _ in range(times)]
+
+
+def test_a_draw_sums_nothing_in_an_order_that_varies():
+    """torch refuses what it lists as not deterministic, such as a running sum of floats."""
+    logits = torch.randn(6, 50_000)
+    asked = [sequence(seed=seed, temperature=1.0, top_p=0.9, min_p=1e-6, top_k=40_000) for seed in range(6)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert sampled(logits.cuda(), asked) == sampled(logits, asked)
+    finally:
+        torch.use_deterministic_algorithms(False)
