@@ -29,9 +29,13 @@ _FAR_BELOW = tl.constexpr(-1e30)
 _FILL = 256  # programs that keep a large GPU busy: where there are fewer tiles, keys are shared out
 _MOST_SPLITS = 64
 _LEAST_PART = tl.constexpr(128)  # keys that are worth a program
-# by width of a head, up to: keys of one turn of the loop, warps, turns in flight; so that no kernel spills
-_TURNS = {64: (128, 4, 3), 128: (64, 4, 3), 256: (32, 8, 2), 512: (32, 8, 2)}
-_LOW_TURNS = _TURNS | {128: (128, 4, 2)}  # of tiles of 16 rows
+# By bytes of a number, then by width of a head, up to: keys of one turn of the loop, warps, turns in flight; so that no
+# kernel spills, nor float32's need more shared memory than every chip has.
+_TURNS = {
+    2: {64: (128, 4, 3), 128: (64, 4, 3), 256: (32, 8, 2), 512: (32, 8, 2)},
+    4: {64: (32, 8, 2), 128: (32, 8, 2), 256: (16, 8, 2), 512: (16, 8, 1)},
+}
+_LOW_TURNS = {2: _TURNS[2] | {128: (128, 4, 2)}, 4: _TURNS[4] | {64: (32, 4, 2)}}  # of tiles of 16 rows
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -364,7 +368,7 @@ def attention(
 
 def turns(height: int, k_room: int, v_room: int, itemsize: int) -> tuple[int, int, int]:
     """Keys of one turn of the loop, warps and turns in flight, for heads of so many numbers of so many bytes."""
-    return (_LOW_TURNS if height == 16 else _TURNS)[max(64, k_room, v_room) if itemsize == 2 else 256]
+    return (_LOW_TURNS if height == 16 else _TURNS)[itemsize][max(64, k_room, v_room)]
 
 
 def _splits(programs: int) -> int:

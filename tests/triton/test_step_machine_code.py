@@ -4,6 +4,7 @@ Bounds are what Triton 3.6 gave, and a little.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import pytest
 
@@ -19,6 +20,10 @@ DECODE, FILLED, PROMPT, FIXED = (16, True, 0), (16, False, 0), (32, False, 0), (
 ATTENTIONS = [
     (128, DECODE, 80), (128, FILLED, 80), (128, PROMPT, 80), (256, DECODE, 80),
     (64, DECODE, 90), (128, DECODE, 90), (128, FILLED, 90), (128, PROMPT, 90), (128, FIXED, 90), (256, PROMPT, 90),
+]  # fmt: skip
+FLOAT32_ATTENTIONS = [
+    (64, DECODE, 90), (128, PROMPT, 80), (128, PROMPT, 90), (256, DECODE, 90), (256, PROMPT, 80), (256, PROMPT, 90),
+    (256, FIXED, 90), (512, PROMPT, 80), (512, FIXED, 90),
 ]  # fmt: skip
 
 
@@ -53,10 +58,12 @@ def expand(height: int, capability: int) -> Request:
     return Request("kernels.lora:_expand_kernel", arguments, constants, 4, 3, capability)
 
 
-def attention(width: int, tile: tuple[int, bool, int], capability: int) -> Request:
+def attention(
+    width: int, tile: tuple[int, bool, int], capability: int, dtype: Literal["bf16", "fp32"] = "bf16"
+) -> Request:
     height, shared, part = tile
-    keys, warps, stages = turns(height, width, width, 2)
-    arguments = dict.fromkeys(("out", "q", "k_cache", "v_cache"), "*bf16")
+    keys, warps, stages = turns(height, width, width, {"bf16": 2, "fp32": 4}[dtype])
+    arguments = dict.fromkeys(("out", "q", "k_cache", "v_cache"), f"*{dtype}")
     arguments |= {"plan": "*i32", "planes": "*fp32", "counters": "*i32", "scale": "fp32", "softcap": "fp32"}
     arguments |= {"q_row": "i32:16", "q_head": "i32:16", "rows": "i32"}
     constants = {"sinks": None, "KV_HEADS": 8, "GROUP": 4, "HEADS": 4, "HEIGHT": height}
@@ -109,6 +116,8 @@ def compiled() -> Compiled:
             requests["expand", height, chip] = expand(height, chip)
     for case in ATTENTIONS:
         requests["attention", *case] = attention(*case)
+    for case in FLOAT32_ATTENTIONS:
+        requests["attention", *case, "fp32"] = attention(*case, "fp32")
     requests["norm", 90], requests["gate", 90], requests["heads", 90] = norm(90), gate(90), heads(90)
     requests["write", 90], requests["rotate", 90] = heads(90, q_heads=0), heads(90, kv_heads=0)
     for name in list(requests):
