@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from adapters.adapter import Adapter
 from adapters.appraiser import Appraiser
@@ -41,7 +42,7 @@ from server.model.graphs import GraphSizes
 from server.model.kernel_set import Kernels, compiled, plain
 from server.model.kv_cache import KVCache
 from server.model.linear import NOT_OURS
-from server.model.load import ModelSource, kind_of_weights, load_model
+from server.model.load import ModelSource, experts_of, kind_of_weights, load_model
 from server.model.runner import Runner
 from server.model.servable import ServableModel, make_servable
 from server.model.stand_ins import of_every_kind
@@ -91,6 +92,7 @@ def _fill(settings: Settings, serving: Serving, store: Store) -> None:
     source = model_source(settings)
     kernels = choose_kernels(settings, source.device)
     model = load_model(source)
+    refuse_varying_products(settings, kernels, model)
     weights = f"{size_text(model.get_memory_footprint())} of {kind_of_weights(model)} weights"
     servable = make_servable(
         model,
@@ -186,6 +188,15 @@ def choose_kernels(settings: Settings, device: torch.device) -> Kernels:
             "--batch-invariant cannot be had with --linear-backend bitsandbytes: its products depend on the batch"
         )
     return _cuda_kernels(settings, device) if device.type == "cuda" else _cpu_kernels(settings)
+
+
+def refuse_varying_products(settings: Settings, kernels: Kernels, model: PreTrainedModel) -> None:
+    """Raise `SettingsError` where a GPU's batch-invariant kernels would not have all of the model's products."""
+    if settings.batch_invariant and kernels.planned and (experts := experts_of(model)):
+        raise SettingsError(
+            f"--batch-invariant cannot be had on a GPU with {type(model).__name__}: how its experts' products "
+            f"({experts[0]} and {len(experts) - 1} more) are summed depends on the rows of each expert"
+        )
 
 
 def _cuda_kernels(settings: Settings, device: torch.device) -> Kernels:

@@ -5,11 +5,12 @@ import copy
 import json
 import shutil
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from adapters.lock import StoreLockedError
 from adapters.pages import page_nbytes
@@ -20,10 +21,11 @@ from server.config_values import GIB
 from server.engine.sequence import Finished, Sampling, Submit, Token
 from server.errors import UnsupportedModelError
 from server.memory_plan import plan_memory
+from server.model.kernel_set import plain
 from server.model.kv_cache import position_nbytes
 from server.model.servable import ServableModel, make_servable
 from server.serving import GenerationDefaults, Serving
-from tests.model.tiny import make_model
+from tests.model.tiny import SIZES, make_model
 from tests.server.text import samples
 
 PROMPTS = ["the patient has a fever", "the court", "naïve café"]
@@ -75,6 +77,17 @@ def test_a_device_is_asked_what_is_free_when_loading_has_given_back_what_it_took
     with pytest.raises(PlannedError):
         startup.load(settings(adapter_store=tmp_path / "store"), Serving())
     assert done == ["let go", "given back"]
+
+
+def test_experts_are_not_served_batch_invariant_on_a_gpu():
+    """Their products are torch's, of as many rows as chose an expert."""
+    experts, dense = make_model(MixtralConfig(num_local_experts=4, **SIZES)), make_model()
+    on_a_gpu, asked = replace(plain(), planned=True), settings(batch_invariant=True)
+    with pytest.raises(SettingsError, match=r"cannot be had on a GPU with MixtralForCausalLM: .*experts"):
+        startup.refuse_varying_products(asked, on_a_gpu, experts)
+    startup.refuse_varying_products(asked, on_a_gpu, dense)
+    startup.refuse_varying_products(settings(), on_a_gpu, experts)
+    startup.refuse_varying_products(asked, plain(), experts)
 
 
 class TestPlan:

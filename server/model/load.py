@@ -193,10 +193,15 @@ def _quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
 
 def _refuse_unquantized_experts(model: PreTrainedModel) -> PreTrainedModel:
     """Mixture-of-experts weights are 3-D parameters, which bitsandbytes leaves as they are: not a 4-bit model."""
-    left = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    left = experts_of(model)
     if left:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be served quantized: bitsandbytes leaves its experts unquantized "
             f"({left[0]} and {len(left) - 1} more); serve it with --quantization none"
         )
     return model
+
+
+def experts_of(model: PreTrainedModel) -> list[str]:
+    """The names of mixture-of-experts weights: all experts' in one parameter, which is no linear's."""
+    return [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
