@@ -223,7 +223,7 @@ def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     ):  # the likeliest is at 0, so the bound on a probability's share of its is one on `scaled`
         least = column((math.log(p) if p else -math.inf for p in min_p), torch.float32)
         scaled = scaled.masked_fill(scaled < least, float("-inf"))
-    top_k = [s.sampling.top_k or logits.shape[1] for s in sequences]
+    top_k = [min(s.sampling.top_k or logits.shape[1], logits.shape[1]) for s in sequences]
     top_p = [s.sampling.top_p for s in sequences]
     if min(top_k) < logits.shape[1] or min(top_p) < 1:
         scaled = _keep_top(scaled, column(top_k, torch.int64), column(top_p, torch.float32))

@@ -60,6 +60,19 @@ def test_top_k(top_k):
     assert chi_square(drawn(LOGITS, 5000, top_k=top_k), torch.softmax(kept, 0)) < 24.3
 
 
+@pytest.mark.parametrize("top_k", [2**63, 10**30])
+def test_a_top_k_beyond_the_vocabulary_is_as_if_it_were_off(top_k):
+    """Also one that no tensor's integers hold, beside a neighbour that has its tokens ranked."""
+    logits = torch.randn(2, 50)
+    neighbour = sequence(seed=1, temperature=1.0, top_p=0.5)
+    for top_p in (1.0, 0.9):
+        off, large = (
+            sampled(logits, [sequence(seed=4, temperature=1.0, top_p=top_p, top_k=k), neighbour])
+            for k in (0, top_k)
+        )
+        assert large == off
+
+
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.5, 0.9, 0.999])
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p):
     ordered, order = torch.softmax(LOGITS, 0).sort(descending=True)
