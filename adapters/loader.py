@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 from adapters.adapter import Adapter
 from adapters.errors import AdapterError
@@ -48,6 +49,7 @@ class Loader:
         self._failed: dict[str, AdapterError] = {}
         self._wanted: dict[str, int] = {}  # generation to its place in the line
         self._sizes: dict[str, int] = {}  # bytes of those in the line that have been read before
+        self._ahead: dict[str | None, int] = {}  # held for those ahead of each; empty: to be summed up again
         self._nbytes = 0
         self.load_seconds = Tally()  # of reads that ended well
         self._failures = 0
@@ -79,6 +81,7 @@ class Loader:
         with self._lock:
             self._wanted = {generation: place for place, generation in enumerate(dict.fromkeys(generations))}
             self._sizes = {name: size for name in self._wanted if (size := self._size(name))}
+            self._ahead.clear()
 
     def get(self, generation: str) -> Adapter | None:
         """The weights if they are here; else None, and a read is under way, or put off until it fits.
@@ -97,6 +100,7 @@ class Loader:
             size = self._sizes.get(generation)
             if generation not in self._loading and (size is None or size <= self._room_for(generation)):
                 ticket = self._loading[generation] = object()
+                self._ahead.clear()
                 self._executor.submit(self._load, generation, ticket)
             return None
 
@@ -109,6 +113,7 @@ class Loader:
             self._failed.pop(generation, None)
             self._loading.pop(generation, None)
             self._sizes.pop(generation, None)
+            self._ahead.clear()
 
     def close(self) -> None:
         """End the threads, after the reads that have begun."""
@@ -148,6 +153,7 @@ class Loader:
             if self._loading.get(generation) is ticket:
                 del self._loading[generation]
                 self._settle(generation, result)
+                self._ahead.clear()
         self._on_ready()
 
     def _settle(self, generation: str, result: Adapter | AdapterError) -> None:
@@ -170,16 +176,23 @@ class Loader:
 
     def _size(self, generation: str) -> int | None:
         """Its bytes, if they are known."""
+        known = self._sizes.get(generation)
         cached = self._cached.get(generation)
-        return cached.nbytes if cached else self._sizes.get(generation)
+        return cached.nbytes if known is None and cached else known
 
     def _room_for(self, generation: str) -> int:
         """Bytes that it may have: all but those of more urgent ones that are cached or being read again."""
-        place = self._wanted.get(generation, len(self._wanted))
-        ahead = (other for other, at in self._wanted.items() if at < place and other in self._sizes)
-        return self._max_bytes - sum(
-            self._sizes[other] for other in ahead if other in self._cached or other in self._loading
+        if not self._ahead:
+            self._ahead = self._sum_up()
+        return self._max_bytes - self._ahead[generation if generation in self._wanted else None]
+
+    def _sum_up(self) -> dict[str | None, int]:
+        """Bytes held for those ahead of each in the line, and for all of them under None."""
+        held = (
+            self._sizes.get(name, 0) if name in self._cached or name in self._loading else 0
+            for name in self._wanted
         )
+        return dict(zip((*self._wanted, None), accumulate(held, initial=0), strict=True))
 
     def _least_wanted(self) -> str:
         """Whom to put out: who is not waited for, or else who is last in the line; of equals the longest unused."""

@@ -35,6 +35,9 @@ class Residency:
         self.pool = pool
         self.hits = 0  # sequences that started with their adapter on the device already
         self.misses = 0  # and those for which it had to be copied there
+        self._refused: set[str] = set()  # for want of pages, since any were let go
+        self._released = 0  # pins given back
+        self._held: tuple[object, ...] = ()  # as it was at the last line; any change may have let pages go
 
     def acquire(self, generation: str | None) -> Admission:
         """Pin a generation's pages if that can be done now; raises `AdapterError` when it cannot be read."""
@@ -43,10 +46,13 @@ class Residency:
         if not self.pool.resident(generation):
             if self.pool.arriving(generation):
                 return Admission.LOADING
+            if generation in self._refused:
+                return Admission.NO_ROOM
             adapter = self.loader.get(generation)
             if adapter is None:
                 return Admission.LOADING
             if not self.pool.admit(adapter):
+                self._refused.add(generation)
                 return Admission.NO_ROOM
             if not self.pool.resident(generation):
                 return Admission.LOADING
@@ -58,14 +64,23 @@ class Residency:
         return Admission.READY
 
     def line_up(self, generations: Iterable[str | None]) -> None:
-        """Tell the loader whose adapters are waited for, the most urgent first."""
+        """Tell the loader whose adapters are waited for, the most urgent first.
+
+        Who was refused is asked again only when a pin has been given back, a copy has ended or pages are free: a
+        queue at a full pool would cost every step as many searches for pages.
+        """
         wanted = [each for each in generations if each is not None and not self.pool.resident(each)]
+        held = (self._released, self.pool.used, self.pool.residents)
+        if held != self._held:
+            self._held = held
+            self._refused.clear()
         if wanted:  # an old line does no harm while nobody waits
             self.loader.line_up(wanted)
 
     def release(self, generation: str | None) -> None:
         """Give back one pin."""
         if generation is not None:
+            self._released += 1
             self.pool.unpin(generation)
 
     def pages(self, generation: str | None) -> Mapping[str, tuple[int, ...]]:
@@ -222,6 +237,7 @@ class Scheduler:
         """
         self.residency.line_up(sequence.generation for sequence in self.waiting)
         passed_over: list[Sequence] = []
+        enough = False
         for sequence in tuple(self.waiting):
             if not self._chunk(sequence, budget) or len(self.running) >= self.limits.sequences:
                 return
@@ -238,11 +254,13 @@ class Scheduler:
                     budget -= count
                     for older in passed_over:
                         older.passed += 1
-                case Admission.NO_ROOM:
+                    enough = any(older.passed >= MAX_PASSED for older in passed_over)
+                case Admission.LOADING if not sequence.passed:
+                    pass
+                case _:
                     passed_over.append(sequence)
-                case Admission.LOADING if sequence.passed:
-                    passed_over.append(sequence)
-            if any(older.passed >= MAX_PASSED for older in passed_over):
+                    enough = sequence.passed >= MAX_PASSED
+            if enough:
                 return
 
     def _start(self, sequence: Sequence) -> Admission:

@@ -1,5 +1,6 @@
 """Who runs next: budgets, chunks, preemption, ageing, and that every sequence ends, whatever is thrown at it."""
 
+import sys
 import threading
 from concurrent.futures import Future
 from unittest.mock import patch
@@ -187,6 +188,81 @@ def test_who_finds_no_room_is_passed_a_bounded_number_of_times():
     assert scheduled(parts) == [("holder", 1)], "nobody passes it any more"
     parts.scheduler.retire(parts.scheduler.find("holder"))
     assert scheduled(parts)[0] == ("wide", 3)
+
+
+def calls_of(function):
+    """How many calls of any function it takes."""
+    count = 0
+
+    def note(_frame, event, _argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def full_pool(waiting, *, host):
+    """Parts whose pages are all held, `waiting` sequences with adapters of their own, and room on the host for some."""
+    adapters = [make_adapter(str(i)) for i in range(waiting + 1)]
+    here, read = {adapter.generation: adapter for adapter in adapters}, threading.Semaphore(0)
+    loader = Loader(here.get, adapters[0].nbytes * host, read.release, threads=1)
+    parts = Parts(adapters, pages=1, sequences=8, tokens=64, blocks=512, loader=loader)
+    add(parts, *(sequence(generation=a.generation, name=a.generation, max_tokens=99) for a in adapters))
+    scheduled(parts)
+    for _ in adapters:
+        assert read.acquire(timeout=10)
+    for _ in range(5):
+        scheduled(parts)
+        while read.acquire(timeout=0.05):
+            pass
+    assert (len(parts.scheduler.running), len(parts.scheduler.waiting)) == (1, waiting)
+    return parts
+
+
+@pytest.mark.parametrize("host", [10, 1000])
+def test_a_long_queue_at_a_full_pool_costs_a_step_as_much_by_the_head(host):
+    costs = []
+    for waiting in (50, 100, 150):
+        parts = full_pool(waiting, host=host)
+        costs.append(calls_of(parts.scheduler.schedule))
+        parts.loader.close()
+    first, second = costs[1] - costs[0], costs[2] - costs[1]
+    assert second <= 1.05 * first, costs
+
+
+def test_who_finds_no_pages_is_asked_again_when_some_were_let_go():
+    parts = Parts(ADAPTERS, pages=3, sequences=8, tokens=64)
+    parts.loader.here |= set(parts.adapters)
+    add(parts, *(sequence(generation=g, name=g, max_tokens=99) for g in ("wide", "a", "b", "c")))
+    with patch.object(parts.pool, "admit", wraps=parts.pool.admit) as admit:
+        assert [scheduled(parts), scheduled(parts)] == [[("wide", 3)], [("wide", 1)]]
+        asked = admit.call_count
+        for _ in range(3):
+            assert scheduled(parts) == [("wide", 1)]
+        assert admit.call_count == asked, "nothing has changed"
+        parts.scheduler.retire(parts.scheduler.find("wide"))
+        assert scheduled(parts) == [("a", 3), ("b", 3)]
+        assert admit.call_count == asked + 3
+
+
+def test_who_finds_no_pages_is_asked_again_when_a_copy_has_ended():
+    parts, copies = Parts(ADAPTERS, pages=3, sequences=8, tokens=64), []
+    parts.loader.here |= set(parts.adapters)
+    parts.pool.copy = lambda asked: copies.append((asked, Future())) or copies[-1][1]
+    add(parts, *(sequence(generation=g, name=g, max_tokens=99) for g in ("wide", "b")))
+    assert scheduled(parts) == [], "one is on its way, and the other finds no pages"
+    parts.scheduler.retire(parts.scheduler.find("wide"))
+    assert scheduled(parts) == []
+    copies[0][1].set_result(copy_now(copies[0][0]).result())
+    assert scheduled(parts) == []
+    assert len(copies) == 2, "pages that were written for nobody were not given to another"
+    copies[1][1].set_result(copy_now(copies[1][0]).result())
+    assert scheduled(parts) == [("b", 3)]
 
 
 def test_one_that_was_passed_and_must_be_read_again_goes_on_ageing():
