@@ -72,6 +72,10 @@ class Blocks:
             taken += 1
         return taken
 
+    def knows(self, content: bytes) -> bool:
+        """Whether a block is remembered under this hash."""
+        return content in self._block_of
+
     def remember(self, block: int, content: bytes) -> None:
         """A held block is full and computed; of two with the same content the first is kept in mind."""
         assert self._holders[block], "a block that nobody holds cannot have been computed"

@@ -7,9 +7,9 @@ Decode first, then prefill in whole chunks, then admission in order of arrival. 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from adapters.errors import AdapterError
@@ -25,6 +25,7 @@ class Admission(Enum):
     READY = auto()  # resident and pinned
     LOADING = auto()  # being read from disk, or copied to the device; ask again when that has ended
     NO_ROOM = auto()  # pages are held by running sequences
+    FOLLOWS = auto()  # a running sequence is computing the block that it would begin with
 
 
 class Residency:
@@ -125,6 +126,17 @@ class Limits:
     tokens: int
     prefill_chunk: int
     block_size: int
+
+
+@dataclass(slots=True)
+class _Coming:
+    """What running sequences compute next, and what is kept for those that wait for it."""
+
+    hashes: defaultdict[str | None, set[bytes]] = field(
+        default_factory=lambda: defaultdict(set)
+    )  # by generation
+    seats: int = 0
+    blocks: int = 0
 
 
 class Scheduler:
@@ -234,15 +246,22 @@ class Scheduler:
 
         The first read of an adapter is not counted: it ends by itself, and a slow disk stops nobody else. One that
         has been passed and must be read again goes on counting, or it could be passed for ever.
+
+        Equal beginnings are computed once: who follows another waits in the same way until its blocks are there, and
+        its seat is kept for it.
         """
         self.residency.line_up(sequence.generation for sequence in self.waiting)
         passed_over: list[Sequence] = []
         enough = False
+        coming = _Coming()
+        for sequence in self.running:
+            coming.hashes[sequence.generation] |= self._filling(sequence)
         for sequence in tuple(self.waiting):
-            if not self._chunk(sequence, budget) or len(self.running) >= self.limits.sequences:
+            seats = len(self.running) + coming.seats
+            if not self._chunk(sequence, budget) or seats >= self.limits.sequences:
                 return
             try:
-                admission = self._start(sequence)
+                admission = self._start(sequence, coming)
             except AdapterError as error:
                 self.waiting.remove(sequence)
                 self.rejected.append((sequence, error))
@@ -255,7 +274,7 @@ class Scheduler:
                     for older in passed_over:
                         older.passed += 1
                     enough = any(older.passed >= MAX_PASSED for older in passed_over)
-                case Admission.LOADING if not sequence.passed:
+                case Admission.LOADING | Admission.FOLLOWS if not sequence.passed:
                     pass
                 case _:
                     passed_over.append(sequence)
@@ -263,10 +282,16 @@ class Scheduler:
             if enough:
                 return
 
-    def _start(self, sequence: Sequence) -> Admission:
+    def _start(self, sequence: Sequence, coming: _Coming) -> Admission:
         """Move a waiting sequence to the running ones if its adapter and blocks for all its tokens are there."""
-        if self._blocks_for(len(sequence.tokens)) > self.blocks.free:
+        wanted = self._blocks_for(len(sequence.tokens))
+        if wanted > self.blocks.free - coming.blocks:
             return Admission.NO_ROOM
+        ahead = coming.hashes.get(sequence.generation)
+        if ahead and self._first_unknown(sequence) in ahead:
+            coming.seats += 1
+            coming.blocks += wanted
+            return Admission.FOLLOWS
         admission = self.residency.acquire(sequence.generation)
         if admission is Admission.READY:
             self._take_up_prefix(sequence)
@@ -274,22 +299,36 @@ class Scheduler:
             self.waiting.remove(sequence)
             self.running.append(sequence)
             sequence.queued = sequence.queued or time.perf_counter() - sequence.arrived
+            coming.hashes[sequence.generation] |= self._filling(sequence)
         return admission
 
     def _take_up_prefix(self, sequence: Sequence) -> None:
-        """Begin with the blocks that hold the same text of the same generation.
+        """Begin with the blocks that hold the same text of the same generation."""
+        reused = self.blocks.reuse(sequence.blocks, self._reusable(sequence))
+        sequence.remembered = reused
+        sequence.computed = reused * self.limits.block_size
+        self.prefix_tokens += len(sequence.tokens)
+        self.prefix_hits += sequence.computed
+
+    def _reusable(self, sequence: Sequence) -> Iterator[bytes]:
+        """The hashes of the full blocks that it need not compute itself, each made when it is asked for.
 
         The newest token is always computed, and so is all that logprobs of the prompt are still wanted from.
         """
-        length = len(sequence.tokens)
-        most = length - 1
+        most = len(sequence.tokens) - 1
         if sequence.scored < sequence.prompt_length - 1:
             most = sequence.scored
-        reused = self.blocks.reuse(sequence.blocks, self._hashes(sequence, most // self.limits.block_size))
-        sequence.remembered = reused
-        sequence.computed = reused * self.limits.block_size
-        self.prefix_tokens += length
-        self.prefix_hits += sequence.computed
+        return (self._hash(sequence, index) for index in range(most // self.limits.block_size))
+
+    def _first_unknown(self, sequence: Sequence) -> bytes | None:
+        """The hash of the first block that it would compute and might have taken up."""
+        return next((each for each in self._reusable(sequence) if not self.blocks.knows(each)), None)
+
+    def _filling(self, sequence: Sequence) -> set[bytes]:
+        """The hash of the block that a running sequence fills next, if it has the tokens for that."""
+        index = sequence.remembered
+        full = (index + 1) * self.limits.block_size <= len(sequence.tokens)
+        return {self._hash(sequence, index)} if full else set()
 
     def _remember_all(self) -> None:
         for sequence in self.running:
@@ -299,19 +338,18 @@ class Scheduler:
         """Let others take up the blocks that have become full."""
         full = sequence.computed // self.limits.block_size
         if full > sequence.remembered:
-            hashes = self._hashes(sequence, full)
-            for block in range(sequence.remembered, full):
-                self.blocks.remember(sequence.blocks[block], hashes[block])
+            for index in range(sequence.remembered, full):
+                self.blocks.remember(sequence.blocks[index], self._hash(sequence, index))
             sequence.remembered = full
 
-    def _hashes(self, sequence: Sequence, count: int) -> list[bytes]:
-        """The hashes of the first `count` full blocks."""
+    def _hash(self, sequence: Sequence, index: int) -> bytes:
+        """The hash of a full block, which is of all before it too."""
         size, known = self.limits.block_size, sequence.hashes
-        while len(known) < count:
+        while len(known) <= index:
             start = len(known) * size
             before = known[-1] if known else b""
             known.append(block_hash(before, sequence.tokens[start : start + size], sequence.generation))
-        return known[:count]
+        return known[index]
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it will compute its tokens again, before anything younger starts."""

@@ -3,6 +3,7 @@
 import sys
 import threading
 from concurrent.futures import Future
+from itertools import takewhile
 from unittest.mock import patch
 
 import pytest
@@ -100,7 +101,7 @@ def test_a_younger_decode_comes_before_an_older_prompt():
 
 def test_who_gave_way_is_first_in_the_queue():
     parts = Parts([], blocks=5, tokens=64, sequences=2)
-    add(parts, *(sequence(range(8), name=name) for name in ("old", "young", "later")))
+    add(parts, *(sequence(range(at, at + 8), name=name) for at, name in enumerate(("old", "young", "later"))))
     assert scheduled(parts) == [("old", 8), ("young", 8)]
     assert scheduled(parts) == [("old", 1)]
     assert [one.request_id for one in parts.scheduler.waiting] == ["young", "later"]
@@ -116,20 +117,22 @@ def test_no_more_sequences_than_allowed():
 
 def test_the_youngest_gives_way_and_starts_again():
     parts = Parts([], blocks=5, tokens=64)
-    add(parts, sequence(range(7), name="old"), sequence(range(7), name="young"))
+    add(parts, sequence(range(7), name="old"), sequence(range(1, 8), name="young"))
     assert scheduled(parts) == [("old", 7), ("young", 7)]
     assert scheduled(parts) == [("old", 1), ("young", 1)]  # both fill their second block
     assert scheduled(parts) == [("old", 1)]
     young = parts.scheduler.find("young")
     assert (young.computed, len(young.blocks), young.tokens[-2:]) == (0, 0, [1, 1])
     parts.scheduler.retire(parts.scheduler.find("old"))
-    assert scheduled(parts) == [("young", 1)]  # its full blocks were still there
+    assert scheduled(parts) == [
+        ("young", 5)
+    ]  # its first block was still there; the old one has taken the second
 
 
 def test_an_older_prompts_blocks_are_its_own():
     """A decode that finds no block gives way itself rather than take those of an older prompt."""
     parts = Parts([], blocks=8, tokens=12, chunk=4)
-    add(parts, sequence(range(4), name="decode"), sequence(range(24), name="prompt"))
+    add(parts, sequence(range(4), name="decode"), sequence(range(1, 25), name="prompt"))
     assert scheduled(parts) == [("decode", 4), ("prompt", 8)]
     assert parts.blocks.free == 0
     assert scheduled(parts) == [("decode", 1)]  # takes the prompt's, which is younger
@@ -382,6 +385,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.foresees = True
 
     @rule(
+        beginning=st.integers(0, 5),
         prompt=st.integers(1, LONGEST - 8),
         max_tokens=st.integers(1, 8),
         generation=st.sampled_from([None, "a", "b", "c", "wide"]),
@@ -390,9 +394,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         scored=st.sampled_from([None, None, 1]),
         stops=st.sampled_from([frozenset(), frozenset(range(8))]),
     )
-    def submit(self, prompt, max_tokens, generation, temperature, penalty, scored, stops):
+    def submit(self, beginning, prompt, max_tokens, generation, temperature, penalty, scored, stops):
         name, self.count = str(self.count), self.count + 1
-        text = [(self.count * 7 + i) % 24 for i in range(prompt)]
+        text = [(beginning * 7 + i) % 24 for i in range(prompt)]
         asked = submit(
             name, text, generation=generation, max_tokens=max_tokens, temperature=temperature, seed=self.count,
             repetition_penalty=penalty, prompt_logprobs=scored, stop_token_ids=stops,
@@ -456,13 +460,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         started = {s.request_id for s in self.parts.scheduler.running} - running
         for place, older in enumerate(queue):
             passed = self.passed[older.request_id]
-            if older in self.parts.scheduler.waiting and (passed or self._at_hand(older.generation)):
+            counts = passed or (self._at_hand(older.generation) and not self._follows(older))
+            if older in self.parts.scheduler.waiting and counts:
                 younger = {s.request_id for s in queue[place + 1 :]}
                 self.passed[older.request_id] = passed = passed + len(younger & started)
                 assert passed <= FEW_PASSED, "starved"
 
     def _at_hand(self, generation):
         return generation is None or generation in self.parts.loader.here
+
+    def _follows(self, waiting):
+        """Whether a running sequence is computing a block that this one would begin with."""
+        for one in self.parts.scheduler.running:
+            pairs = zip(one.tokens, waiting.tokens, strict=False)
+            alike = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            if one.generation == waiting.generation and one.computed < alike // BLOCK * BLOCK:
+                return True
+        return False
 
     def _forward(self, batch):
         inputs = self.inputs.of(batch)
