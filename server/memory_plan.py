@@ -6,6 +6,7 @@ Knows nothing of how the memory is used.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -13,12 +14,21 @@ from adapters.adapter import Layout
 from adapters.pages import PAGE_RANK, page_nbytes, plan_pages
 from server.config import Settings, SettingsError
 from server.config_values import GIB, size_text
+from server.container import ROOT, memory_left
 from server.model.kv_cache import position_nbytes
 from server.model.servable import ServableModel
 
 _CPU_KV_MOST = 4 * GIB
 _CPU_KV_SHARE = 0.25  # of the memory that is free
 _CUDA_KV_SHARE = 0.85  # of what the device has left after weights and adapters
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Bytes that can be had, and whose bound that is if not the machine's."""
+
+    nbytes: int
+    within: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +44,7 @@ class MemoryPlan:
     host_nbytes: int  # of adapters, at most
     max_model_len: int
     kv_reason: str  # why the KV cache is as large as it is
-    free_nbytes: int  # before any of it was taken
+    free: Free  # before any of it was taken
 
     def lines(self) -> tuple[str, ...]:
         """The plan as a person reads it."""
@@ -43,7 +53,7 @@ class MemoryPlan:
         dtype = str(self.adapter_dtype).removeprefix("torch.")
         block_size = self.block_size
         return (
-            f"memory      {size_text(self.free_nbytes)} free before what follows is taken",
+            f"memory      {size_text(self.free.nbytes)} free{self.free.within} before what follows is taken",
             f"KV cache    {size_text(self.kv_blocks * self.block_nbytes)}: {self.kv_reason}; "
             f"{self.kv_blocks - 1} blocks of {block_size} tokens, sequences of up to {self.max_model_len} tokens "
             "(--kv-cache-memory-bytes)",
@@ -61,9 +71,9 @@ def plan_memory(settings: Settings, servable: ServableModel) -> MemoryPlan:
     pages = _plan_adapter_pages(settings, servable.layout, adapter_dtype)
     each = page_nbytes(servable.layout, adapter_dtype)
     block = position_nbytes(servable.attention, servable.dtype) * settings.block_size
-    free, total = _memory(servable.device)
+    free, total = free_memory(servable.device)
     adapters = sum(each[group] * count for group, count in pages.items())
-    budget = _kv_budget(settings, servable.device, free, total, adapters)
+    budget = _kv_budget(settings, servable.device, free.nbytes, total, adapters)
     most = settings.max_num_seqs * -(-servable.max_model_len // settings.block_size)
     blocks = min(budget.nbytes // block, most) + 1
     length = min(servable.max_model_len, (blocks - 1) * settings.block_size)
@@ -90,7 +100,7 @@ def plan_memory(settings: Settings, servable: ServableModel) -> MemoryPlan:
         host_nbytes=host,
         max_model_len=length,
         kv_reason=reason,
-        free_nbytes=free,
+        free=free,
     )
 
 
@@ -147,14 +157,18 @@ def _kv_budget(settings: Settings, device: torch.device, free: int, total: int, 
     return _Budget(_CPU_KV_MOST, "the most that is taken unasked")
 
 
-def _memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of the device's memory that are free, and all of them."""
+def free_memory(device: torch.device, root: Path = ROOT) -> tuple[Free, int]:
+    """What is free of the device's memory, and all of it; on the CPU no more than a container's limit leaves."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
+        nbytes, total = torch.cuda.mem_get_info(device)
+        return Free(nbytes), total
     try:
-        with open("/proc/meminfo") as lines:
+        with open(root / "proc/meminfo") as lines:
             found = dict(line.split(":") for line in lines)
     except OSError:  # no Linux: as much as lets the bound above decide
-        return 4 * _CPU_KV_MOST, 4 * _CPU_KV_MOST
+        return Free(4 * _CPU_KV_MOST), 4 * _CPU_KV_MOST
     available, total = (int(found[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
-    return available, total
+    left = memory_left(root)
+    if left is not None and left < available:
+        return Free(left, " within the container's limit"), total
+    return Free(available), total

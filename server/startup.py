@@ -31,6 +31,7 @@ from adapters.side_stream import SideStream
 from adapters.sources import folder_files
 from adapters.store import Store, hash_folder
 from kernels.cpu.library import load as load_library
+from server import container
 from server.config import Settings, SettingsError
 from server.config_values import size_text
 from server.engine.blocks import Blocks
@@ -358,10 +359,13 @@ def default_threads(servable: ServableModel) -> int:
     """One thread for a model whose products are so short that sharing them costs more than it brings; else torch's.
 
     A step is thousands of parallel regions, and each waits for its slowest thread: beside two other busy processes, a
-    step of a 5 M parameter model on two threads took more than a second, where one thread alone needs 50 ms.
+    step of a 5 M parameter model on two threads took more than a second, where one thread alone needs 50 ms. For the
+    same reason there are no more threads than CPUs that a container may keep busy.
     """
     weights = sum(site.in_features * site.out_features for site in servable.layout.sites)
-    return 1 if servable.device.type == "cpu" and weights < _SMALL else torch.get_num_threads()
+    if servable.device.type == "cpu" and weights < _SMALL:
+        return 1
+    return min(torch.get_num_threads(), container.cpus() or torch.get_num_threads())
 
 
 def end_tokens(servable: ServableModel) -> frozenset[int]:

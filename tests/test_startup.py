@@ -20,7 +20,7 @@ from server.config import Settings, SettingsError
 from server.config_values import GIB
 from server.engine.sequence import Finished, Sampling, Submit, Token
 from server.errors import UnsupportedModelError
-from server.memory_plan import plan_memory
+from server.memory_plan import Free, plan_memory
 from server.model.kernel_set import plain
 from server.model.kv_cache import position_nbytes
 from server.model.servable import ServableModel, make_servable
@@ -46,6 +46,11 @@ def settings(**given):
 def test_a_small_model_runs_on_one_thread_and_a_large_one_on_all(servable, monkeypatch):
     assert startup.default_threads(servable) == 1
     monkeypatch.setattr("server.startup._SMALL", 1)
+    monkeypatch.setattr("server.container.cpus", lambda: None)
+    assert startup.default_threads(servable) == torch.get_num_threads()
+    monkeypatch.setattr("server.container.cpus", lambda: 1)
+    assert startup.default_threads(servable) == 1
+    monkeypatch.setattr("server.container.cpus", lambda: 10**6)
     assert startup.default_threads(servable) == torch.get_num_threads()
 
 
@@ -153,7 +158,7 @@ class TestPlan:
         assert "--kv-cache-memory-bytes" not in str(refused.value)
 
     def test_the_lines_are_for_people(self, servable, monkeypatch):
-        monkeypatch.setattr("server.memory_plan._memory", lambda device: (12 * GIB, 16 * GIB))
+        monkeypatch.setattr("server.memory_plan.free_memory", lambda device: (Free(12 * GIB), 16 * GIB))
         memory, cache, adapters, host = plan_memory(settings(max_loras=5), servable).lines()
         assert memory == "memory      12.0 GiB free before what follows is taken"
         assert "all that 64 sequences (--max-num-seqs) can fill; 256 blocks of 16 tokens" in cache
@@ -161,6 +166,12 @@ class TestPlan:
         assert "5 pages of rank 16 in float32 (--adapter-memory-bytes or --max-loras)" in adapters
         assert "up to 4.0 GiB" in host
         assert "(--adapter-host-memory-bytes or --max-cpu-loras)" in host
+
+    def test_a_containers_limit_is_said_where_it_binds(self, servable, monkeypatch):
+        free = Free(3 * GIB, " within the container's limit")
+        monkeypatch.setattr("server.memory_plan.free_memory", lambda device: (free, 64 * GIB))
+        memory, *_ = plan_memory(settings(), servable).lines()
+        assert memory == "memory      3.0 GiB free within the container's limit before what follows is taken"
 
     @pytest.mark.parametrize(
         ("free", "share", "reason"),
@@ -172,14 +183,14 @@ class TestPlan:
     def test_a_quarter_of_what_is_free_and_four_gigabytes_at_most(
         self, servable, monkeypatch, free, share, reason
     ):
-        monkeypatch.setattr("server.memory_plan._memory", lambda device: (free, 64 * GIB))
+        monkeypatch.setattr("server.memory_plan.free_memory", lambda device: (Free(free), 64 * GIB))
         plan = plan_memory(settings(max_num_seqs=10**6), servable)
         assert plan.kv_blocks - 1 == share // plan.block_nbytes
         assert plan.kv_reason == reason
 
     def test_a_share_of_the_gpu_is_of_all_of_it(self, servable, monkeypatch):
         """Weights and adapters are paid out of it; without the flag the cache takes most of what they leave."""
-        monkeypatch.setattr("server.memory_plan._memory", lambda device: (70 * GIB, 80 * GIB))
+        monkeypatch.setattr("server.memory_plan.free_memory", lambda device: (Free(70 * GIB), 80 * GIB))
         monkeypatch.setattr(ServableModel, "device", torch.device("cuda"))
         given = {"max_num_seqs": 10**8, "adapter_memory_bytes": GIB}
         plan = plan_memory(settings(gpu_memory_utilization=0.5, **given), servable)
