@@ -56,7 +56,10 @@ _Queue = asyncio.Queue[Event]
 
 
 class Streams:
-    """The open streams by request id; opened and closed on event loops, fed from the engine's thread."""
+    """The open streams by request id; opened and closed on event loops, fed from the engine's thread.
+
+    A stream is open until its last event is delivered: a reader that is slow to take that holds no place.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -74,8 +77,9 @@ class Streams:
         return queue
 
     def close(self, request_id: str) -> None:
+        """Its reader has gone before the last event."""
         with self._lock:
-            del self._open[request_id]
+            self._open.pop(request_id, None)
 
     def ids(self) -> list[str]:
         with self._lock:
@@ -89,6 +93,8 @@ class Streams:
                 if event.request_id in self._open:
                     loop, queue = self._open[event.request_id]
                     by_loop.setdefault(loop, []).append((queue, event))
+                    if isinstance(event, Finished | Failed):
+                        del self._open[event.request_id]
         for loop, pairs in by_loop.items():
             with suppress(RuntimeError):  # the loop has closed, and its readers with it
                 loop.call_soon_threadsafe(_put_all, pairs)
@@ -167,8 +173,8 @@ class Engine:
                     raise event.error
                 yield event
         finally:
-            self._streams.close(submit.request_id)
             if not isinstance(event, Finished | Failed):
+                self._streams.close(submit.request_id)
                 self._inbox.put(Abort(submit.request_id))
 
     def _refuse_unrunnable(self, submit: Submit) -> None:

@@ -227,6 +227,35 @@ def test_a_full_queue_refuses_at_once():
     bench.assert_nothing_is_held()
 
 
+def test_a_stream_that_has_ended_and_is_not_read_holds_no_place():
+    async def scene(bench):
+        ended = [await started(bench.engine, submit(str(i), max_tokens=2)) for i in range(3)]
+        await until(lambda: bench.engine.stats().running == len(bench.engine._streams) == 0)
+        assert bench.engine.stats().waiting == 0
+        tokens, _ = await read(bench.engine, submit("later"))
+        assert tokens == bench.solo(submit("later"))
+        for i, stream in enumerate(ended):
+            rest = [event async for event in stream]
+            assert [event.token_id for event in rest[:-1]] == bench.solo(submit(str(i), max_tokens=2))[1:]
+            assert rest[-1] == Finished(str(i), "length", 3, 2)
+
+    with Bench(sequences=1, max_queued=2) as bench:
+        run(scene(bench))
+    bench.assert_nothing_is_held()
+
+
+def test_an_ended_stream_whose_reader_leaves_is_forgotten():
+    async def scene(bench):
+        stream = await started(bench.engine, submit("gone", max_tokens=2))
+        await until(lambda: len(bench.engine._streams) == 0)
+        await stream.aclose()
+        assert (await read(bench.engine, submit("gone")))[0] == bench.solo(submit("gone"))
+
+    with Bench() as bench:
+        run(scene(bench))
+    bench.assert_nothing_is_held()
+
+
 def test_an_adapter_that_cannot_be_read_fails_its_sequences_alone():
     asked = [submit("bad", generation="a"), submit("good", generation="b"), submit("base")]
     with Bench(ADAPTERS) as bench:
