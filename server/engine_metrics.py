@@ -57,11 +57,17 @@ def _engine(stats: EngineStats) -> Iterator[Metric]:
         {
             "steps": ("Forward passes.", stats.counts.steps),
             "prefill_steps": ("Forward passes with prompt tokens in them.", stats.counts.prefill_steps),
-            "prefill_tokens": ("Prompt tokens computed.", stats.counts.prefill_tokens),
-            "decode_tokens": ("Tokens computed in decode.", stats.counts.decode_tokens),
+            "prefill_tokens": (
+                "Prompt tokens computed, also again after a preemption.",
+                stats.counts.prefill_tokens,
+            ),
+            "decode_tokens": (
+                "Output tokens computed, also again after a preemption.",
+                stats.counts.decode_tokens,
+            ),
             "generated_tokens": ("Tokens sampled.", stats.counts.generated_tokens),
-            "prefix_tokens": ("Prompt tokens of admitted sequences.", stats.prefix_tokens),
-            "prefix_hits": ("Of these, tokens that were not computed again.", stats.prefix_hits),
+            "prefix_tokens": ("Prompt tokens of admitted sequences, each prompt once.", stats.prefix_tokens),
+            "prefix_hits": ("Of these, tokens taken up from KV blocks that were there.", stats.prefix_hits),
             "preemptions": ("Sequences that gave back their blocks and started again.", stats.preemptions),
         }
     )
@@ -157,7 +163,7 @@ def _interop(stats: EngineStats, base: str) -> Iterator[Metric]:
         gauge.add_metric(list(labels.values()), value)
         yield gauge
     totals = {
-        "vllm:prompt_tokens": stats.counts.prefill_tokens,
+        "vllm:prompt_tokens": stats.prefix_tokens,
         "vllm:generation_tokens": stats.counts.generated_tokens,
         "vllm:prefix_cache_queries": stats.prefix_tokens,
         "vllm:prefix_cache_hits": stats.prefix_hits,

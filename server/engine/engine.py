@@ -248,8 +248,9 @@ class Engine:
         if not self._inputs.only_launches(batch):
             self._tell()
         if batch:
+            before = self._counts.prefill_tokens
             self._run(batch)
-            self._count(batch, time.perf_counter() - started)
+            self._count(batch, self._counts.prefill_tokens - before, time.perf_counter() - started)
 
     def _tell(self) -> None:
         """Hand over what has happened since it was done last."""
@@ -308,6 +309,8 @@ class Engine:
             broken = _keep_prompt_logprobs(batch, drawn.picks()[len(drawing) :])
             ends = {sequence: self._fail_broken(sequence) for sequence in broken}
         for item in batch:
+            self._counts.prefill_tokens += item.prompt_tokens
+            self._counts.decode_tokens += item.count - item.prompt_tokens
             item.sequence.computed += item.count
         for sequence, token_id in zip(drawing, token_ids, strict=False):
             if sequence not in ends:
@@ -349,16 +352,13 @@ class Engine:
         rejected, self.scheduler.rejected = self.scheduler.rejected, []
         return [Failed(s.request_id, AdapterRejectedError(error, param="adapter")) for s, error in rejected]
 
-    def _count(self, batch: list[Scheduled], seconds: float) -> None:
+    def _count(self, batch: list[Scheduled], prompt_tokens: int, seconds: float) -> None:
         counts = self._counts
         counts.steps += 1
         counts.seconds += seconds
-        chunks = [item.count for item in batch if item.count > 1]
-        if chunks:
+        if prompt_tokens:
             counts.prefill_steps += 1
             counts.prefill_seconds += seconds
-        counts.prefill_tokens += sum(chunks)
-        counts.decode_tokens += len(batch) - len(chunks)
         counts.last_sequences = len(batch)
         counts.last_adapters = len({item.sequence.generation for item in batch} - {None})
 

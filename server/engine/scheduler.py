@@ -100,6 +100,11 @@ class Scheduled:
     count: int
 
     @property
+    def prompt_tokens(self) -> int:
+        """How many of them are the prompt's."""
+        return max(0, min(self.count, self.sequence.prompt_length - self.sequence.computed))
+
+    @property
     def samples(self) -> bool:
         """Whether the step reaches the sequence's newest token, so that the next one is drawn."""
         return self.count == self.sequence.missing
@@ -151,8 +156,8 @@ class Scheduler:
         self.rejected: list[
             tuple[Sequence, AdapterError]
         ] = []  # no adapter to be read; the engine takes them
-        self.prefix_tokens = 0  # of all prompts admitted
-        self.prefix_hits = 0  # of these, not computed again
+        self.prefix_tokens = 0  # of all prompts admitted, each counted once
+        self.prefix_hits = 0  # of these, taken up from blocks that were there
         self.preemptions = 0
         self._foreseen: list[Scheduled] = []
 
@@ -298,7 +303,10 @@ class Scheduler:
             self._reserve(sequence, sequence.missing)
             self.waiting.remove(sequence)
             self.running.append(sequence)
-            sequence.queued = sequence.queued or time.perf_counter() - sequence.arrived
+            if not sequence.queued:  # after a preemption it is no new prompt
+                sequence.queued = time.perf_counter() - sequence.arrived
+                self.prefix_tokens += sequence.prompt_length
+                self.prefix_hits += sequence.computed
             coming.hashes[sequence.generation] |= self._filling(sequence)
         return admission
 
@@ -307,8 +315,6 @@ class Scheduler:
         reused = self.blocks.reuse(sequence.blocks, self._reusable(sequence))
         sequence.remembered = reused
         sequence.computed = reused * self.limits.block_size
-        self.prefix_tokens += len(sequence.tokens)
-        self.prefix_hits += sequence.computed
 
     def _reusable(self, sequence: Sequence) -> Iterator[bytes]:
         """The hashes of the full blocks that it need not compute itself, each made when it is asked for.

@@ -143,8 +143,8 @@ class StepCounts:
     seconds: float = 0.0
     prefill_steps: int = 0  # of these, with prompt tokens in them
     prefill_seconds: float = 0.0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
+    prefill_tokens: int = 0  # of prompts, computed: again after a preemption
+    decode_tokens: int = 0  # of outputs, likewise
     generated_tokens: int = 0
     last_sequences: int = 0
     last_adapters: int = 0
@@ -169,7 +169,7 @@ class EngineStats:
     adapter_evictions: int  # from the device
     adapter_hits: int  # sequences that started with their adapter on the device already
     adapter_misses: int
-    prefix_tokens: int  # of all prompts admitted
+    prefix_tokens: int  # of all prompts admitted, each counted once
     prefix_hits: int  # of these, taken up from blocks that were there
     preemptions: int
 

@@ -304,6 +304,42 @@ def test_stats_count_what_was_done():
     assert stats.kv_block_size == 4
 
 
+def rows(bench):
+    return sum(len(step.token_ids) for step in bench.runner.steps)
+
+
+def test_the_one_token_that_a_cached_prompt_lacks_is_a_prompt_token():
+    with Bench(tokens=64) as bench:
+        for name in ("first", "again"):
+            run(read(bench.engine, submit(name, range(9), max_tokens=3)))
+    stats, counts = bench.engine.stats(), bench.engine.stats().counts
+    assert (counts.steps, counts.prefill_steps, counts.prefill_tokens, counts.decode_tokens) == (6, 2, 10, 4)
+    assert (stats.prefix_tokens, stats.prefix_hits) == (18, 8)
+    assert counts.prefill_tokens + counts.decode_tokens == rows(bench)
+
+
+def test_a_preemption_makes_no_new_prompt_of_what_was_generated():
+    asked = [submit(str(i), range(i, i + 8), max_tokens=12, temperature=1.0, seed=i) for i in range(4)]
+    with Bench(blocks=9, tokens=64) as bench:
+        run(read_all(bench.engine, asked))
+    stats, counts = bench.engine.stats(), bench.engine.stats().counts
+    assert stats.preemptions > 0
+    assert (stats.prefix_tokens, stats.prefix_hits) == (4 * 8, 0)
+    assert counts.generated_tokens == 4 * 12
+    assert counts.prefill_tokens + counts.decode_tokens == rows(bench)
+    prompt_rows = sum(int((step.positions < 8).sum()) for step in bench.runner.steps)
+    assert counts.prefill_tokens == prompt_rows
+
+
+def test_what_a_step_that_raised_did_not_compute_is_not_counted():
+    asked = [submit("good", (1, 2, 3), max_tokens=1), submit("bad", (23, 22, 21), max_tokens=1)]
+    with Bench(tokens=64) as bench:
+        bench.runner.poison[23] = ValueError("poison")
+        run(read_all(bench.engine, asked))
+    counts = bench.engine.stats().counts
+    assert (counts.prefill_tokens, counts.decode_tokens, counts.generated_tokens) == (3, 0, 1)
+
+
 def test_an_idle_engine_does_not_step():
     with Bench() as bench:
         run(read(bench.engine, submit("one")))

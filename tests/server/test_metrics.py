@@ -43,7 +43,7 @@ def test_the_engines_levels_under_our_names_and_vllms(tmp_path):
     assert found["loraplex_adapter_store_bytes",] == 8192
     assert found["vllm:num_requests_running", *LABELS] == 0
     assert found["vllm:kv_cache_usage_perc", *LABELS] == 0.25
-    assert found["vllm:prompt_tokens_total", *LABELS] == 70
+    assert found["vllm:prompt_tokens_total", *LABELS] == 50, "cached tokens included, each prompt once"
     assert found["vllm:cache_config_info", ("block_size", "16"), ("num_gpu_blocks", "8")] == 1
     (info,) = [dict(key[1:]) for key in found if key[0] == "vllm:lora_requests_info"]
     assert info["max_lora"] == "4"
