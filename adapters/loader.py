@@ -11,12 +11,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
+from itertools import accumulate, islice
 
 from adapters.adapter import Adapter
 from adapters.errors import AdapterError
 from adapters.tally import Tally
 from adapters.threads import compute_on
+
+READ_AHEAD = 4  # how many of the line are read before anybody asks for them
 
 
 class Loader:
@@ -83,6 +85,13 @@ class Loader:
             self._sizes = {name: size for name in self._wanted if (size := self._size(name))}
             self._ahead.clear()
 
+    def read_ahead(self) -> None:
+        """Begin to read the first few in the line that are not here and fit; nothing is handed out, nor any error."""
+        with self._lock:
+            for generation in islice(self._wanted, READ_AHEAD):
+                if not any(generation in held for held in (self._cached, self._oversize, self._failed)):
+                    self._begin(generation)
+
     def get(self, generation: str) -> Adapter | None:
         """The weights if they are here; else None, and a read is under way, or put off until it fits.
 
@@ -97,11 +106,7 @@ class Loader:
                 return self._oversize.pop(generation)
             if generation in self._failed:
                 raise self._failed.pop(generation)
-            size = self._sizes.get(generation)
-            if generation not in self._loading and (size is None or size <= self._room_for(generation)):
-                ticket = self._loading[generation] = object()
-                self._ahead.clear()
-                self._executor.submit(self._load, generation, ticket)
+            self._begin(generation)
             return None
 
     def forget(self, generation: str) -> None:
@@ -131,6 +136,14 @@ class Loader:
             assert len(places) == len(set(places)), "a generation is in two places"
             assert self._sizes.keys() <= self._wanted.keys(), "the size of one that nobody waits for is kept"
             assert all(key == adapter.generation for key, adapter in self._cached.items())
+
+    def _begin(self, generation: str) -> None:
+        """Have it read, unless that is under way or it is known not to fit; the lock is held."""
+        size = self._sizes.get(generation)
+        if generation not in self._loading and (size is None or size <= self._room_for(generation)):
+            ticket = self._loading[generation] = object()
+            self._ahead.clear()
+            self._executor.submit(self._load, generation, ticket)
 
     def _load(self, generation: str, ticket: object) -> None:
         started = time.perf_counter()

@@ -65,7 +65,7 @@ class Residency:
         return Admission.READY
 
     def line_up(self, generations: Iterable[str | None]) -> None:
-        """Tell the loader whose adapters are waited for, the most urgent first.
+        """Tell the loader whose adapters are waited for, the most urgent first; it reads while they wait for seats.
 
         Who was refused is asked again only when a pin has been given back, a copy has ended or pages are free: a
         queue at a full pool would cost every step as many searches for pages.
@@ -77,6 +77,7 @@ class Residency:
             self._refused.clear()
         if wanted:  # an old line does no harm while nobody waits
             self.loader.line_up(wanted)
+            self.loader.read_ahead()
 
     def release(self, generation: str | None) -> None:
         """Give back one pin."""

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from adapters.adapter import Adapter, Delta
 from adapters.errors import AdapterError
-from adapters.loader import Loader
+from adapters.loader import READ_AHEAD, Loader
 
 WAIT = 10.0
 
@@ -189,6 +189,38 @@ def test_the_more_urgent_one_puts_the_other_out(reads):
     loader.close()
 
 
+def test_the_first_few_in_line_are_read_before_they_are_asked_for():
+    reads = Reads(dict.fromkeys("abcdef", 400))
+    loader = Loader(reads, 4000, reads.ready.release, threads=1)
+    reads.failing["b"] = AdapterError("adapter_load_failed", "gone")
+    loader.line_up("abcdef")
+    for _ in range(3):
+        loader.read_ahead()
+    for _ in range(READ_AHEAD):
+        assert reads.ready.acquire(timeout=WAIT)
+    loader.read_ahead()
+    assert reads.calls == ["a", "b", "c", "d"]
+    assert loader.get("c").generation == "c"
+    with pytest.raises(AdapterError, match="gone"):
+        loader.get("b")
+    loader.close()
+    loader.check()
+
+
+def test_what_is_known_not_to_fit_is_not_read_ahead(reads):
+    loader = Loader(reads, 400, reads.ready.release, threads=1)
+    loader.line_up(["a", "b", "large"])
+    loader.read_ahead()
+    for _ in range(3):
+        assert reads.ready.acquire(timeout=WAIT)
+    for _ in range(5):
+        loader.read_ahead()
+    assert loader.get("a").generation == "a"
+    assert loader.get("large").generation == "large", "kept for the first who asks"
+    loader.close()
+    assert reads.calls == ["a", "b", "large"]
+
+
 def test_what_nobody_waits_for_goes_before_what_somebody_does(loader, reads):
     fetch(loader, reads, "a")
     fetch(loader, reads, "b")  # used last, and waited for by nobody
@@ -254,6 +286,19 @@ class LoaderMachine(RuleBasedStateMachine):
         if self.line:
             self.get(self.line[0])
             assert self.line[0] in (*self.order, *self.waiting) or self.reads.sizes[self.line[0]] > 480
+
+    @rule()
+    def read_ahead(self):
+        self.loader.read_ahead()
+        begun = []
+        for name in self.line[:READ_AHEAD]:
+            room = self._room(name) - sum(self.reads.sizes[other] for other in begun if other in self.sized)
+            fits = name not in self.sized or self.reads.sizes[name] <= room
+            if fits and name not in (*self.order, *self.waiting):
+                begun.append(name)
+        for name in begun:
+            assert self.reads.ready.acquire(timeout=WAIT)
+            self._loaded(name)
 
     @rule(name=names)
     def get(self, name):

@@ -14,7 +14,7 @@ import torch
 
 from adapters.adapter import Adapter, Delta, Layout, Member, Site
 from adapters.errors import AdapterError
-from adapters.loader import Loader
+from adapters.loader import READ_AHEAD, Loader
 from adapters.pool import Pool
 from server.engine.blocks import Blocks
 from server.engine.engine import Engine
@@ -160,6 +160,11 @@ class FakeLoader:
 
     def line_up(self, generations):
         self.line = list(generations)
+
+    def read_ahead(self):
+        for generation in list(dict.fromkeys(self.line))[:READ_AHEAD]:
+            if generation not in (*self.here, *self.failed, *self.reading):
+                self.reading.append(generation)
 
     def get(self, generation):
         if generation in self.failed:

@@ -299,6 +299,20 @@ def test_the_loader_hears_who_waits_in_order():
     assert parts.loader.line == ["c", "wide", "c"], "one that is on the device needs no host memory"
 
 
+def test_the_first_few_are_read_while_all_seats_are_taken():
+    parts = Parts([make_adapter(str(i)) for i in range(9)], sequences=1, tokens=64)
+    add(parts, sequence(name="sits", max_tokens=99))
+    add(parts, *(sequence(generation=str(i), name=str(i)) for i in range(9)))
+    assert scheduled(parts) == [("sits", 3)]
+    assert parts.loader.reading == ["0", "1", "2", "3"]
+    parts.loader.end_read(well=False)
+    assert scheduled(parts) == [("sits", 1)]
+    assert not parts.scheduler.rejected, "told when it is its turn"
+    parts.scheduler.retire(parts.scheduler.find("sits"))
+    scheduled(parts)
+    assert [one.request_id for one, _ in parts.scheduler.rejected] == ["0"]
+
+
 def test_many_adapters_share_a_host_cache_that_holds_one():
     """Waiting for pages, they do not put each other out of host memory: each is read a few times, not at every step."""
     adapters, reads, done = [make_adapter(str(i)) for i in range(5)], [], threading.Semaphore(0)
