@@ -185,8 +185,9 @@ class Registry:
         try:
             fetch(folder)
             generation = hash_folder(folder)
-            if self._is_at(name, generation) and self.store.intact(generation):
-                return Put(self.entry(name), created=False)
+            held = self._names.get(name)  # as it is now: while the disk is read, the name may be deleted
+            if held and held.resolved == generation and self.store.intact(generation):
+                return Put(self._entry(name, held), created=False)
             nbytes = self.store.size(folder)
             with self._writing:  # before the slow part, and again when it is this upload's turn
                 self._names.expect_room(name, generation, nbytes, self._references.held())
@@ -221,7 +222,7 @@ class Registry:
 
     def _is_at(self, name: str, generation: str) -> bool:
         held = self._names.get(name)
-        return held is not None and held.ready and held.generation == generation
+        return held is not None and held.resolved == generation
 
     def _unheld(self, last: Reference) -> None:
         """Nobody holds the generation any more; mostly its name is still at it, and that is all."""

@@ -413,6 +413,20 @@ def test_what_is_read_back_is_what_was_sent_and_is_mended_by_sending_it_again(sh
     shop.registry.check()
 
 
+def test_a_name_is_deleted_while_the_same_content_is_put(shop, monkeypatch):
+    before, intact = shop.put("legal", 1).entry, shop.store.intact
+
+    def slow(generation):
+        found = intact(generation)
+        shop.registry.delete("legal")
+        return found
+
+    monkeypatch.setattr(shop.store, "intact", slow)
+    put = shop.put("legal", 1)
+    assert (put.created, put.entry) == (False, before), "as it was before the deletion"
+    assert "legal" not in shop.registry
+
+
 def test_a_damaged_generation_is_mended_through_another_name(shop):
     generation = shop.put("legal", 1).entry.generation
     overwrite(shop.store.folder(generation) / "adapter_model.safetensors")
