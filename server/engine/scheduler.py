@@ -257,6 +257,8 @@ class Scheduler:
         its seat is kept for it.
         """
         self.residency.line_up(sequence.generation for sequence in self.waiting)
+        if not self.waiting or len(self.running) >= self.limits.sequences:
+            return
         passed_over: list[Sequence] = []
         enough = False
         coming = _Coming()
