@@ -165,5 +165,5 @@ def _zip64_sizes(file: IO[bytes], end: int) -> list[int]:
 
 def _too_large(message: str) -> AdapterError:
     return AdapterError(
-        "adapter_upload_too_large", f"{message}; send a smaller adapter, or raise max_upload_bytes"
+        "adapter_upload_too_large", f"{message}; send a smaller adapter, or raise --max-upload-bytes"
     )

@@ -79,9 +79,8 @@ def write(copies: Iterable[tuple[PageCopy, Page]]) -> None:
         torch._foreach_zero_(unused)
 
 
-Copy = Callable[
-    [Iterable[PageCopy]], "Future[float]"
-]  # begins to write; the result is how many seconds it took
+# begins to write; the result is how many seconds it took
+Copy = Callable[[Iterable[PageCopy]], "Future[float]"]
 
 
 def copy_now(copies: Iterable[PageCopy]) -> Future[float]:

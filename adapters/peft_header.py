@@ -177,5 +177,5 @@ def _check_rank(item: Placed, max_rank: int, findings: Findings) -> bool:
         )
     if rank > max_rank:
         problem = f"has rank {rank}, this server takes up to {max_rank}"
-        findings.invalid("rank cap", Finding(module, problem, "train a lower rank, or raise max_lora_rank"))
+        findings.invalid("rank cap", Finding(module, problem, "train a lower rank, or raise --max-lora-rank"))
     return rank <= max_rank

@@ -120,7 +120,7 @@ class Pool:
             raise AdapterError(
                 "adapter_too_large",
                 f"an adapter of rank {adapter.rank} is larger than the whole adapter pool; "
-                "train a lower rank, or give the server more adapter memory",
+                "train a lower rank, or raise --adapter-memory-bytes or --max-loras",
                 findings,
             )
 

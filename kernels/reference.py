@@ -200,9 +200,8 @@ def attention(
     return out
 
 
-_State = tuple[
-    Tensor, Tensor, Tensor
-]  # running maximum and total [heads, rows, 1], weighted sum [heads, rows, width]
+# running maximum and total [heads, rows, 1], weighted sum [heads, rows, width]
+_State = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)

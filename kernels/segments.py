@@ -73,9 +73,8 @@ class FlatSegments:
         return cls(table, ids, shares, addresses)
 
 
-KV_TILE = (
-    256  # keys are summed in tiles at fixed multiples of this, whatever the chunk: a row's bits depend on it
-)
+# keys are summed in tiles at fixed multiples of this, whatever the chunk: a row's bits depend on it
+KV_TILE = 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,9 +38,7 @@ class Tile:
     order: Order
     lookup: Lookup = "shuffle"
     plenty: float = 1.9  # programs for each processor of the chip that keep it loading and computing
-    jobs: int = (
-        4  # adapters' pages that one turn of their loop takes: it waits for memory once for all of them
-    )
+    jobs: int = 4  # adapters' pages that one turn of their loop takes, waiting for memory once
     near: int = 1  # rows up to which x is read through the first cache
     splits: int = 1  # of k: each a program of its own, summed in their order by the last to end
 

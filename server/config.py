@@ -56,7 +56,7 @@ class Settings(BaseModel):
         "nf4", description="how the base's weights are held (bitsandbytes means nf4)"
     )
     linear_backend: Literal["exact", "bitsandbytes"] = Field(
-        "exact", description="who multiplies by the base"
+        "exact", description="which kernels compute the base's linear layers"
     )
     batch_invariant: bool = Field(
         False,
@@ -112,8 +112,8 @@ class Settings(BaseModel):
     )
     seed: int | None = Field(
         None,
-        description="where requests without a seed draw theirs from: the same requests in the same order give the same "
-        "texts; not predictable if not given",
+        description="seed of those requests that send none: the same requests in the same order give the same texts; "
+        "not predictable if not given",
     )
     max_queued_requests: Positive = Field(
         256, description="most sequences that may wait; more are refused (429)"
@@ -160,7 +160,7 @@ class Settings(BaseModel):
         if self.prefill_chunk > self.max_num_batched_tokens:
             raise PydanticCustomError(
                 "prefill_chunk",
-                "--prefill-chunk {chunk} must not pass --max-num-batched-tokens {step}; lower the first or "
+                "--prefill-chunk {chunk} must not exceed --max-num-batched-tokens {step}; lower the first or "
                 "raise the second",
                 {"chunk": self.prefill_chunk, "step": self.max_num_batched_tokens},
             )

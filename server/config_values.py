@@ -82,7 +82,9 @@ def _list(text: str) -> list[Any]:
         try:
             value = json.loads(text)
         except ValueError as error:
-            raise PydanticCustomError("modules", "is no JSON: {reason}", {"reason": str(error)}) from None
+            raise PydanticCustomError(
+                "modules", "is not valid JSON: {reason}", {"reason": str(error)}
+            ) from None
         return value if isinstance(value, list) else [value]
     return [part for part in text.split(",") if part]
 

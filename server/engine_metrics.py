@@ -127,7 +127,7 @@ def _adapters(stats: EngineStats, entries: Sequence[Entry], served: Served) -> I
 
 
 def _loads(stats: EngineStats, served: Served) -> Iterator[Metric]:
-    """Moves between the tiers; `tier` is where a generation came to, or was put out of."""
+    """Moves between the tiers; `tier` is where a generation came to, or was evicted from."""
     loader = served.loader
     loads = CounterMetricFamily(
         "loraplex_adapter_loads",
@@ -138,7 +138,7 @@ def _loads(stats: EngineStats, served: Served) -> Iterator[Metric]:
     loads.add_metric(["host", "failed"], loader.failures)
     loads.add_metric(["device", "ok"], stats.adapter_copies.count)
     evictions = CounterMetricFamily(
-        "loraplex_adapter_evictions", "Generations put out of a tier to make room.", labels=["tier"]
+        "loraplex_adapter_evictions", "Generations evicted from a tier to make room.", labels=["tier"]
     )
     evictions.add_metric(["host"], loader.evictions)
     evictions.add_metric(["device"], stats.adapter_evictions)

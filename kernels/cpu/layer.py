@@ -112,9 +112,8 @@ class LayerCall:
     def of(
         cls,
         sites: Sequence[SiteWeights],  # q k v, o, gate up, down
-        norms: tuple[
-            tuple[Tensor, float], tuple[Tensor, float]
-        ],  # weight [hidden] and epsilon: attention, MLP
+        # attention's and the MLP's: weight [hidden] and epsilon
+        norms: tuple[tuple[Tensor, float], tuple[Tensor, float]],
         caches: tuple[Tensor, Tensor],  # keys and values [positions, kv heads, width]
         block_size: int,
         shape: AttentionShape,

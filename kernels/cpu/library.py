@@ -14,11 +14,8 @@ from typing import Literal
 
 InstructionSet = Literal["portable", "avx2", "avx512"]
 Math = Literal["fp32", "int8"]  # of products; int8: as fast as the processor can, and not exact
-INSTRUCTION_SETS: tuple[InstructionSet, ...] = (
-    "portable",
-    "avx2",
-    "avx512",
-)  # in the order of cpu.h's numbers
+# in the order of cpu.h's numbers
+INSTRUCTION_SETS: tuple[InstructionSet, ...] = ("portable", "avx2", "avx512")
 
 _INT, _SIZE, _POINTER, _FLOAT = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 

@@ -218,9 +218,8 @@ def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     temperatures = [max(s.sampling.temperature, _LEAST) for s in sequences]
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / column(temperatures, torch.float32)
     min_p = [s.sampling.min_p for s in sequences]
-    if (
-        max(min_p) > 0
-    ):  # the likeliest is at 0, so the bound on a probability's share of its is one on `scaled`
+    if max(min_p) > 0:
+        # the likeliest is at 0, so the bound on a probability's share of its is one on `scaled`
         least = column((math.log(p) if p else -math.inf for p in min_p), torch.float32)
         scaled = scaled.masked_fill(scaled < least, float("-inf"))
     top_k = [min(s.sampling.top_k or logits.shape[1], logits.shape[1]) for s in sequences]

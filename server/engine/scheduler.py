@@ -138,9 +138,8 @@ class Limits:
 class _Coming:
     """What running sequences compute next, and what is kept for those that wait for it."""
 
-    hashes: defaultdict[str | None, set[bytes]] = field(
-        default_factory=lambda: defaultdict(set)
-    )  # by generation
+    # of blocks, by generation
+    hashes: defaultdict[str | None, set[bytes]] = field(default_factory=lambda: defaultdict(set))
     seats: int = 0
     blocks: int = 0
 
@@ -154,9 +153,8 @@ class Scheduler:
         self.residency = residency
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
-        self.rejected: list[
-            tuple[Sequence, AdapterError]
-        ] = []  # no adapter to be read; the engine takes them
+        # their adapters could not be read; the engine takes them
+        self.rejected: list[tuple[Sequence, AdapterError]] = []
         self.prefix_tokens = 0  # of all prompts admitted, each counted once
         self.prefix_hits = 0  # of these, taken up from blocks that were there
         self.preemptions = 0

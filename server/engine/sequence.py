@@ -109,9 +109,7 @@ class Token:
     request_id: str
     token_id: int
     logprobs: Logprobs | None = None  # where they were asked for
-    queued: float = field(
-        default=0.0, compare=False
-    )  # seconds between the sequence's arrival and its first step
+    queued: float = field(default=0.0, compare=False)  # seconds from the sequence's arrival to its first step
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,9 +40,8 @@ class ForwardContext:
     kv_caches: tuple[tuple[Tensor, Tensor], ...]  # per layer: keys and values [positions, heads, width]
     kernels: Kernels | None = None  # who computes; plain PyTorch if not said
     plans: StepPlans | None = None  # of a step on a GPU
-    compiled_steps: dict[tuple[Tensor, Tensor], StepCall] = field(
-        default_factory=dict
-    )  # by the angles of its rows
+    # by the angles of its rows
+    compiled_steps: dict[tuple[Tensor, Tensor], StepCall] = field(default_factory=dict)
     _flat: dict[str, FlatSegments] = field(default_factory=dict)
 
     def flat_segments(self, group: str) -> FlatSegments:

@@ -69,10 +69,7 @@ class DeviceRunner:
         self.fixed = fixed
         self._stand_ins, self._layouts = stand_ins, layouts
         self.group = servable.query_group
-        self._outgoing = [
-            _Outgoing(),
-            _Outgoing(),
-        ]  # the first is to be written and sent, the other is on its way
+        self._outgoing = [_Outgoing(), _Outgoing()]  # to be written and sent; on its way
         self._graphs = Graphs(self._run, layouts, servable.vocab_size, self.device) if layouts else None
 
     @torch.inference_mode()

@@ -156,9 +156,8 @@ class StepLayout:
     ) -> dict[str, int]:
         """Write each group's plan; a group with the segments of one before takes a copy of its plan."""
         used: dict[str, int] = {}
-        written: dict[
-            tuple[int, int], tuple[int, int]
-        ] = {}  # segments and pages: where a plan lies, its size
+        # segments and pages: where a plan lies, its size
+        written: dict[tuple[int, int], tuple[int, int]] = {}
         for group, most in self.most_pages.items():
             start, held = self._places[group], segments.get(group, ())
             size = DeltaPlan.sizes(self.rows, most)
