@@ -90,13 +90,12 @@ def _steps(text: str) -> float:
     Ways of what stands in a row multiply, those of alternatives add up. A repeat has as many as the name is long, and
     no end if what it repeats has several itself. Comments and other rare forms are not looked into.
     """
-    # of those that are open: ways of earlier alternatives, and of the one before them
-    groups: list[list[float]] = []
+    groups: list[tuple[float, float]] = []  # of what is around an open group: `earlier` and `before`
     earlier, before, last = 0.0, 1.0, 1.0  # `last` is of the latest item, which a repeat may yet change
     for token in _TOKEN.finditer(text):
         match token.lastgroup:
             case "open":
-                groups.append([earlier, before * last])
+                groups.append((earlier, before * last))
                 earlier, before, last = 0.0, 1.0, 1.0
             case "odd":
                 return math.inf
