@@ -5,18 +5,15 @@ The one place where the parts meet. Knows nothing of sockets.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
 import random
 import sys
 import time
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from adapters.adapter import Adapter
 from adapters.appraiser import Appraiser
@@ -28,33 +25,31 @@ from adapters.peft_format import copied, mapped
 from adapters.pool import Pool
 from adapters.registry import Registry
 from adapters.side_stream import SideStream
-from adapters.sources import folder_files
-from adapters.store import Store, hash_folder
-from kernels.cpu.library import load as load_library
+from adapters.store import Store
 from server import container
 from server.config import Settings, SettingsError
 from server.config_values import size_text
 from server.engine.blocks import Blocks
 from server.engine.engine import Engine
 from server.engine.scheduler import Limits, Residency, Scheduler
+from server.heap import keep_large_blocks, return_free_memory
+from server.kernel_choice import choose_kernels, refuse_varying_products
 from server.memory_plan import MemoryPlan, plan_memory
 from server.model.device_runner import DeviceRunner
 from server.model.graphs import GraphSizes
-from server.model.kernel_set import Kernels, compiled, plain
 from server.model.kv_cache import KVCache
 from server.model.linear import NOT_OURS
-from server.model.load import ModelSource, experts_of, kind_of_weights, load_model
+from server.model.load import ModelSource, kind_of_weights, load_model
 from server.model.runner import Runner
 from server.model.servable import ServableModel, make_servable
 from server.model.stand_ins import of_every_kind
 from server.serving import GenerationDefaults, Served, Serving
+from server.start_modules import check_modules, register_modules, warn_of_hidden
 from server.text.tokenizer import ChatTemplateError, Tokenizer
 
 logger = logging.getLogger(__name__)
 
 _SMALL = 50_000_000  # weights in the linears
-_TRITON_NEEDS = "(it compiles C when it runs: install gcc and Python's headers, python3-dev on Debian)"
-_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 
 
 def load(settings: Settings, serving: Serving) -> None:
@@ -66,13 +61,6 @@ def load(settings: Settings, serving: Serving) -> None:
         store = on_failure.enter_context(closing(open_store(settings)))
         _fill(settings, serving, store)
         on_failure.pop_all()
-
-
-def check_modules(settings: Settings) -> None:
-    """Refuse `--lora-modules` that lead nowhere; what is in them can be judged with the base at hand only."""
-    for module in settings.lora_modules:
-        if not module.path.is_dir():
-            raise SettingsError(f"--lora-modules {module.name}={module.path}: there is no such folder")
 
 
 def open_store(settings: Settings) -> Store:
@@ -122,35 +110,6 @@ def _fill(settings: Settings, serving: Serving, store: Store) -> None:
     serving.detail, serving.progress, serving.phase = "ready", 1.0, "ready"
 
 
-def register_modules(settings: Settings, registry: Registry) -> None:
-    """Give the names of `--lora-modules` their folders' content. What a client has made of a name since then stands."""
-    for name, folder, _ in settings.lora_modules:
-        try:
-            folder_files(folder)
-            entry = registry.entry(name) if name in registry else None
-            if entry and entry.mover == "client" and entry.generation != (asked := hash_folder(folder)):
-                logger.warning(
-                    "--lora-modules is not followed, since a client has moved the name; put the folder's adapter to "
-                    "have it: name=%s generation=%s folder_generation=%s",
-                    *(name, entry.generation, asked),
-                )
-            else:
-                registry.put_folder(name, folder, mover="start")
-        except AdapterError as error:
-            raise SettingsError(f"--lora-modules {name}={folder}: {error}") from error
-
-
-def warn_of_hidden(settings: Settings, registry: Registry) -> None:
-    """Name stored adapters that cannot be asked for as `model`, since the base has come to have their name."""
-    for name in sorted(settings.base_names):
-        if name in registry:
-            logger.warning(
-                "the base has the name of a stored adapter, which `model` does not reach any more; choose another "
-                "--served-model-name, or put the adapter under another name: name=%s",
-                name,
-            )
-
-
 def model_source(settings: Settings) -> ModelSource:
     """What to load, with "auto" decided: CUDA where there is one, in bfloat16; float32 on the CPU."""
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
@@ -170,68 +129,6 @@ def model_source(settings: Settings) -> ModelSource:
         settings.quantized_folder,
         settings.trust_remote_code,
     )
-
-
-def choose_kernels(settings: Settings, device: torch.device) -> Kernels:
-    """The device's own kernels; their absence is said once, and plain PyTorch serves.
-
-    With `--linear-backend bitsandbytes` they do all but the products of quantized weights. Raises `SettingsError`
-    where `--cpu-math int8` cannot be had: it is never exchanged for something else.
-    """
-    if settings.cpu_math == "int8" and not (
-        device.type == "cpu" and settings.linear_backend == "exact" and settings.quantization == "nf4"
-    ):
-        raise SettingsError(
-            "--cpu-math int8 cannot be served: it is for NF4 weights on the CPU's own kernels"
-        )
-    if settings.batch_invariant and settings.linear_backend == "bitsandbytes":
-        raise SettingsError(
-            "--batch-invariant cannot be had with --linear-backend bitsandbytes: its products depend on the batch"
-        )
-    return _cuda_kernels(settings, device) if device.type == "cuda" else _cpu_kernels(settings)
-
-
-def refuse_varying_products(settings: Settings, kernels: Kernels, model: PreTrainedModel) -> None:
-    """Raise `SettingsError` where a GPU's batch-invariant kernels would not have all of the model's products."""
-    if settings.batch_invariant and kernels.planned and (experts := experts_of(model)):
-        raise SettingsError(
-            f"--batch-invariant cannot be had on a GPU with {type(model).__name__}: how its experts' products "
-            f"({experts[0]} and {len(experts) - 1} more) are summed depends on the rows of each expert"
-        )
-
-
-def _cuda_kernels(settings: Settings, device: torch.device) -> Kernels:
-    """Triton's; with `--linear-backend bitsandbytes` for all but the products with quantized weights."""
-    try:
-        from kernels.portable import check_launches
-
-        check_launches()
-    except Exception as error:  # no Triton, or whatever it misses: it compiles at run time
-        why = str(error) if isinstance(error, ImportError) else f"{error} {_TRITON_NEEDS}"
-        if settings.batch_invariant:
-            raise SettingsError(f"--batch-invariant cannot be had on a GPU without Triton: {why}") from error
-        logger.warning("no Triton kernels, so plain PyTorch serves, much slower: %s", why)
-        return plain()
-    from server.model.cuda import cuda_kernels
-
-    return cuda_kernels(device, fixed=settings.batch_invariant)
-
-
-def _cpu_kernels(settings: Settings) -> Kernels:
-    try:
-        library = load_library(math=settings.cpu_math)
-    except ValueError as error:
-        raise SettingsError(f"--cpu-math int8 cannot be served: {error}; leave it at fp32") from error
-    if library is None and settings.cpu_math == "int8":
-        raise SettingsError(
-            "--cpu-math int8 cannot be served: the kernels were not compiled; install with a C compiler to have them"
-        )
-    if library is None:
-        logger.warning(
-            "no compiled CPU kernels, so plain PyTorch serves; install with a C compiler to have them"
-        )
-        return plain()
-    return compiled(library)
 
 
 def assemble(
@@ -387,29 +284,6 @@ def generation_defaults(servable: ServableModel) -> GenerationDefaults:
         min_p=float(given.get("min_p", fallback.min_p)),
         repetition_penalty=float(given.get("repetition_penalty", fallback.repetition_penalty)),
     )
-
-
-def keep_large_blocks() -> None:
-    """Tell glibc to reuse large blocks: returned to the system, each one page-faults again at every step."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    except (OSError, AttributeError):  # another C library; its allocator has habits of its own
-        logger.debug("no mallopt here")
-
-
-def return_free_memory() -> None:
-    """Give back what loading needed and serving does not: neither the limits above nor torch's own cache do it unasked.
-
-    A memory plan asks a device what is free, and is not told of what torch keeps. Quantized weights that were joined
-    are cycles (of module and weight), which only a collection ends.
-    """
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _model_line(servable: ServableModel, weights: str) -> str:

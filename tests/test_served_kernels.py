@@ -8,8 +8,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from server import startup
+from server import kernel_choice, startup
 from server.config import Settings, SettingsError
+from server.kernel_choice import choose_kernels
 from server.model.linear import FourBitLinear, LoRALinear, ModuleLinear, PackedLinear
 from server.model.steady import CompiledMLP, CompiledRMSNorm
 from server.serving import Serving
@@ -57,7 +58,7 @@ def asked(**given):
 
 def test_the_absence_of_compiled_kernels_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr("kernels.cpu.library.library_path", lambda: None)
-    assert startup.choose_kernels(asked(), torch.device("cpu")).name is None
+    assert choose_kernels(asked(), torch.device("cpu")).name is None
     (record,) = caplog.records
     assert "install with a C compiler" in record.message
 
@@ -65,11 +66,11 @@ def test_the_absence_of_compiled_kernels_is_said_once(monkeypatch, caplog):
 def test_without_triton_a_gpu_is_served_in_plain_pytorch_and_that_is_said_once(monkeypatch, caplog):
     for name in ("triton", "kernels.portable"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert startup.choose_kernels(asked(), torch.device("cuda")).name is None
+    assert choose_kernels(asked(), torch.device("cuda")).name is None
     (record,) = caplog.records
     assert "no Triton kernels" in record.message
     with pytest.raises(SettingsError, match="without Triton"):
-        startup.choose_kernels(asked(batch_invariant=True), torch.device("cuda"))
+        choose_kernels(asked(batch_invariant=True), torch.device("cuda"))
 
 
 def test_a_mistake_in_our_kernels_is_not_taken_for_the_absence_of_triton(monkeypatch):
@@ -78,20 +79,18 @@ def test_a_mistake_in_our_kernels_is_not_taken_for_the_absence_of_triton(monkeyp
     monkeypatch.setitem(sys.modules, "kernels.portable", launches)
     monkeypatch.setitem(sys.modules, "server.model.cuda", None)
     with pytest.raises(ImportError, match=r"server\.model\.cuda"):
-        startup.choose_kernels(asked(), torch.device("cuda"))
+        choose_kernels(asked(), torch.device("cuda"))
 
 
 def test_bitsandbytes_products_are_not_batch_invariant():
     with pytest.raises(SettingsError, match="its products depend on the batch"):
-        startup.choose_kernels(
-            asked(batch_invariant=True, linear_backend="bitsandbytes"), torch.device("cuda")
-        )
+        choose_kernels(asked(batch_invariant=True, linear_backend="bitsandbytes"), torch.device("cuda"))
 
 
 @needs_a_compiler
 @pytest.mark.parametrize("given", [{}, {"linear_backend": "bitsandbytes"}, {"quantization": "none"}])
 def test_every_way_to_hold_weights_has_the_same_engine_around_it(given):
-    kernels = startup.choose_kernels(asked(**given), torch.device("cpu"))
+    kernels = choose_kernels(asked(**given), torch.device("cpu"))
     assert kernels.name == f"{best_instruction_set()}, fp32"
 
 
@@ -158,13 +157,13 @@ def test_without_compiled_kernels_plain_pytorch_serves_and_says_so(serve_demo, m
 def test_byte_arithmetic_is_served_or_refused(given, reason, monkeypatch):
     monkeypatch.setattr("kernels.cpu.library.library_path", lambda: None)
     with pytest.raises(SettingsError, match=f"--cpu-math int8 cannot be served: .*{reason}"):
-        startup.choose_kernels(asked(cpu_math="int8", **given), torch.device("cpu"))
+        choose_kernels(asked(cpu_math="int8", **given), torch.device("cpu"))
 
 
 def test_byte_arithmetic_is_refused_where_the_processor_lacks_it(monkeypatch):
     def lacking(math):
         raise ValueError("this processor has no dot product of bytes")
 
-    monkeypatch.setattr(startup, "load_library", lacking)
+    monkeypatch.setattr(kernel_choice, "load_library", lacking)
     with pytest.raises(SettingsError, match="no dot product of bytes"):
-        startup.choose_kernels(asked(cpu_math="int8"), torch.device("cpu"))
+        choose_kernels(asked(cpu_math="int8"), torch.device("cpu"))

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Mixtra
 from adapters.lock import StoreLockedError
 from adapters.pages import page_nbytes
 from adapters.store import hash_folder
-from server import startup
+from server import kernel_choice, startup
 from server.config import Settings, SettingsError
 from server.config_values import GIB
 from server.engine.sequence import Finished, Sampling, Submit, Token
@@ -89,10 +89,10 @@ def test_experts_are_not_served_batch_invariant_on_a_gpu():
     experts, dense = make_model(MixtralConfig(num_local_experts=4, **SIZES)), make_model()
     on_a_gpu, asked = replace(plain(), planned=True), settings(batch_invariant=True)
     with pytest.raises(SettingsError, match=r"cannot be had on a GPU with MixtralForCausalLM: .*experts"):
-        startup.refuse_varying_products(asked, on_a_gpu, experts)
-    startup.refuse_varying_products(asked, on_a_gpu, dense)
-    startup.refuse_varying_products(settings(), on_a_gpu, experts)
-    startup.refuse_varying_products(asked, plain(), experts)
+        kernel_choice.refuse_varying_products(asked, on_a_gpu, experts)
+    kernel_choice.refuse_varying_products(asked, on_a_gpu, dense)
+    kernel_choice.refuse_varying_products(settings(), on_a_gpu, experts)
+    kernel_choice.refuse_varying_products(asked, plain(), experts)
 
 
 class TestPlan:
@@ -478,7 +478,7 @@ def test_what_clients_made_of_a_name_outlives_the_same_command(load, checkpoint,
     caplog.clear()
     registry = load().ready().registry
     assert registry.entry("legal") == uploaded
-    (warned,) = [record.getMessage() for record in caplog.records if record.name == "server.startup"]
+    (warned,) = [record.getMessage() for record in caplog.records if record.name == "server.start_modules"]
     for part in ("name=legal", uploaded.generation, first):
         assert part in warned
     registry.rollback("legal", first)
@@ -497,7 +497,7 @@ def test_an_adapter_whose_name_the_base_has_taken_is_told_of(load, caplog):
     load.end()
     caplog.clear()
     load(lora_modules={}, served_model_name="other,legal")
-    (warned,) = [record.getMessage() for record in caplog.records if record.name == "server.startup"]
+    (warned,) = [record.getMessage() for record in caplog.records if record.name == "server.start_modules"]
     assert "name=legal" in warned
     assert "--served-model-name" in warned
 

@@ -19,7 +19,7 @@ from kernels import reference
 from kernels.cpu import operations
 from kernels.cpu.library import Library, load
 from kernels.segments import FlatSegments, Segment, Span, Spans
-from server.startup import keep_large_blocks
+from server.heap import keep_large_blocks
 from tests.bench.timing import read_bandwidth, seconds
 
 SITES = [(2048, (2048, 512, 512)), (2048, (2048,)), (2048, (8192, 8192)), (8192, (2048,))]

@@ -15,8 +15,8 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from kernels.cpu.library import load
+from server.heap import keep_large_blocks
 from server.model.linear import FourBitLinear, PackedLinear
-from server.startup import keep_large_blocks
 from tests.bench.timing import read_bandwidth, seconds
 
 SHAPES = [(8192, 2048), (2048, 8192)]

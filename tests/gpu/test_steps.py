@@ -7,13 +7,13 @@ import torch
 import triton
 
 from server.engine.scheduler import Scheduled
+from server.heap import return_free_memory
 from server.model.cuda import cuda_kernels
 from server.model.device_runner import DeviceRunner
 from server.model.graphs import BUCKETS, GraphSizes
 from server.model.runner import StepInputs
 from server.model.servable import make_servable
 from server.model.stand_ins import of_every_kind, stand_in
-from server.startup import return_free_memory
 from tests.bench.gpu_model import BLOCK, Engine, random_llama
 from tests.bench.random_llama import Shape
 

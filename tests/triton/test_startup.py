@@ -7,8 +7,8 @@ import torch
 
 from kernels import portable
 from server.config import Settings, SettingsError
+from server.kernel_choice import choose_kernels
 from server.model.kernel_set import plain
-from server.startup import choose_kernels
 
 CUDA = torch.device("cuda")
 
