@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from server.api.asgi import read_json
-from server.api.generation import Lengths, Prompt, Scored
+from server.api.generation import Ids, Lengths, Prompt, Scored
 from server.api.openapi import json_body, streamed
 from server.api.reply import Call, Fields, Format, answer, bounded
 from server.api.schemas.answers import ChatCompletion, ChatCompletionChunk
-from server.api.schemas.generation import CHAT_NEUTRAL, ChatRequest
-from server.errors import InvalidRequestError
+from server.api.schemas.generation import CHAT_NEUTRAL, ChatRequest, Message
+from server.errors import InvalidRequestError, UnsupportedParameterError
 from server.serving import EdgeOf, Served
 from server.text.tokenizer import ChatTemplateError, Tokenizer
 
@@ -70,8 +71,26 @@ async def create_chat_completion(request: Request, edge: EdgeOf) -> Response:
 
 
 def _encode(body: ChatRequest, served: Served) -> Prompt:
-    messages = [{"role": message.role, "content": message.text} for message in body.messages]
+    return Prompt(encode_messages(served.tokenizer, body.messages, body.chat_template_kwargs))
+
+
+def encode_messages(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    variables: Mapping[str, Any] | None,
+    *,
+    add_generation_prompt: bool = True,
+) -> Ids:
+    """The ids of a conversation; raises for what is not the template's to be told, and for what it refuses."""
+    for index, message in enumerate(messages):
+        message.refuse_unsupported(f"messages.{index}")
+    for name in sorted(tokenizer.reserved & (variables or {}).keys()):
+        raise UnsupportedParameterError(
+            f"chat_template_kwargs: {name} is no variable of a chat template; leave it out",
+            param=f"chat_template_kwargs.{name}",
+        )
+    turns = [message.turn for message in messages]
     try:
-        return Prompt(served.tokenizer.encode_chat(messages, body.chat_template_kwargs))
+        return tokenizer.encode_chat(turns, variables, add_generation_prompt=add_generation_prompt)
     except ChatTemplateError as error:
         raise InvalidRequestError(f"messages: {error}", param="messages") from None

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.asgi import read_json
+from server.api.chat import encode_messages
 from server.api.generation import Ids, check_ids
 from server.api.openapi import json_body
 from server.api.schemas.answers import Text, Tokens
@@ -16,7 +17,6 @@ from server.api.schemas.generation import Message
 from server.api.selection import select
 from server.errors import InvalidRequestError
 from server.serving import Edge, EdgeOf, Served
-from server.text.tokenizer import ChatTemplateError
 
 router = APIRouter(tags=["tokens"])
 
@@ -87,9 +87,9 @@ def _encode(body: TokenizeRequest, served: Served) -> Ids:
             param="add_special_tokens",
         )
     assert body.messages is not None
-    messages = [{"role": message.role, "content": message.text} for message in body.messages]
-    options = {"add_generation_prompt": body.add_generation_prompt, **(body.chat_template_kwargs or {})}
-    try:
-        return served.tokenizer.encode_chat(messages, options)
-    except ChatTemplateError as error:
-        raise InvalidRequestError(f"messages: {error}", param="messages") from None
+    return encode_messages(
+        served.tokenizer,
+        body.messages,
+        body.chat_template_kwargs,
+        add_generation_prompt=body.add_generation_prompt,
+    )

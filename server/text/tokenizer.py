@@ -9,6 +9,7 @@ Knows nothing of sequences or requests.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_RENDERED = frozenset(
+    {"conversations", "messages"}
+)  # what transformers hands to a chat template, beside its options
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
 
 
@@ -43,6 +47,8 @@ class Tokenizer:
         self._bytes_of = _byte_level_alphabet(backend)
         self._anchor = self._find_anchor()
         self._pieces: dict[int, bytes] = {}
+        # names that a chat template gets from us, and transformers' own options: a template of the caller's among them
+        self.reserved = frozenset(inspect.signature(type(backend).apply_chat_template).parameters) | _RENDERED
         self.encode("warm")  # drops a saved truncation setting before threads share this
 
     @classmethod
@@ -124,14 +130,18 @@ class Tokenizer:
         return role in str(self._backend.chat_template)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        add_generation_prompt: bool = True,
     ) -> tuple[int, ...]:
         """The ids of a conversation in the model's own chat template, ready for the assistant's turn.
 
-        A template that does not speak of the role `developer` gets `system` in its place.
+        `variables` are the template's own; none may be `reserved`. A template that does not speak of the role
+        `developer` gets `system` in its place.
         """
-        from jinja2 import TemplateError
-
+        assert not self.reserved & (variables or {}).keys(), "these are not the template's"
         if not self.has_chat_template:
             raise ChatTemplateError("this model has no chat template; use /v1/completions")
         known = self.knows_role("developer")
@@ -143,9 +153,10 @@ class Tokenizer:
             text = self._backend.apply_chat_template(
                 turns,
                 tokenize=False,
-                **{"add_generation_prompt": True, **(options or {})},
+                add_generation_prompt=add_generation_prompt,
+                **(variables or {}),
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program: it may divide by zero
             raise ChatTemplateError(f"the model's chat template refuses these messages: {error}") from error
         assert isinstance(text, str)
         return self.encode(text, add_special_tokens=False)
@@ -153,13 +164,13 @@ class Tokenizer:
 
 def _check_template(backend: PreTrainedTokenizerBase) -> None:
     """Raise `ChatTemplateError` if the template is not one; that it refuses this conversation is its right."""
-    from jinja2 import TemplateError, TemplateSyntaxError
+    from jinja2 import TemplateSyntaxError
 
     try:
         backend.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
     except TemplateSyntaxError as error:
         raise ChatTemplateError(f"line {error.lineno}: {error.message}") from error
-    except (TemplateError, TypeError, ValueError):
+    except Exception:  # whatever a program may raise
         pass
 
 

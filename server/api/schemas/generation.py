@@ -70,6 +70,8 @@ CHAT_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "web_search_options": (),
 }
 
+MESSAGE_NEUTRAL: Mapping[str, tuple[object, ...]] = {"audio": (), "function_call": (), "tool_calls": ([],)}
+
 
 def described(message: str) -> WrapValidator:
     """One error in words for a union of shapes, in place of one per shape."""
@@ -140,12 +142,7 @@ class GenerationRequest(BaseModel):
 
     def refuse_unsupported(self, neutral: Mapping[str, tuple[object, ...]]) -> None:
         """Raise for a parameter that asks for something we would not do; unknown ones are ignored."""
-        extra = self.model_extra or {}
-        for name in neutral.keys() & extra.keys():
-            if extra[name] is not None and not any(_same(extra[name], value) for value in neutral[name]):
-                raise UnsupportedParameterError(
-                    f"{name} is not supported by this server; leave it out", param=name
-                )
+        _refuse(self.model_extra or {}, neutral)
         if self.best_of is not None and self.best_of != self.n:
             raise UnsupportedParameterError("best_of is not supported other than equal to n", param="best_of")
         if self.stream_options is not None and not self.stream:
@@ -210,14 +207,24 @@ Content = Annotated[str | list[TextPart], described("must be a string or a list 
 class Message(BaseModel):
     """One turn of the conversation."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
+    name: str | None = None
 
     @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    def turn(self) -> dict[str, str]:
+        """As the chat template is told of it."""
+        text = (
+            self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        )
+        turn = {"role": self.role, "content": text}
+        return turn if self.name is None else {**turn, "name": self.name}
+
+    def refuse_unsupported(self, place: str) -> None:
+        """As for a request's parameters; `place` is where among them it stands."""
+        _refuse(self.model_extra or {}, MESSAGE_NEUTRAL, f"{place}.")
 
 
 class ChatRequest(GenerationRequest):
@@ -243,6 +250,15 @@ class ChatRequest(GenerationRequest):
 
 
 Body = CompletionRequest | ChatRequest
+
+
+def _refuse(given: Mapping[str, Any], neutral: Mapping[str, tuple[object, ...]], place: str = "") -> None:
+    for name in neutral.keys() & given.keys():
+        if given[name] is not None and not any(_same(given[name], value) for value in neutral[name]):
+            param = f"{place}{name}"
+            raise UnsupportedParameterError(
+                f"{param} is not supported by this server; leave it out", param=param
+            )
 
 
 def _same(value: object, neutral: object) -> bool:

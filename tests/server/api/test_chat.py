@@ -1,5 +1,6 @@
 """POST /v1/chat/completions: the template, the shapes of answers, and what is refused."""
 
+import openai
 import pytest
 
 from tests.server.api.conftest import error, events
@@ -41,7 +42,81 @@ def test_text_parts_and_the_developer(client, world):
     client.chat(
         messages=[{"role": "developer", "content": "x"}, {"role": "user", "content": parts, "name": "me"}]
     )
-    assert prompt_of(world) == "[system]x[user]ab[assistant]"
+    assert prompt_of(world) == "[system]x[user]a\nb[assistant]"
+
+
+def test_a_name_is_the_templates_to_use(client, world):
+    world.tokenizer._backend.chat_template = (
+        "{% for m in messages %}{{ m.name or m.role }}: {{ m.content }}{% endfor %}"
+    )
+    hi = {"role": "user", "content": "hi"}
+    client.chat(messages=[{**hi, "name": "me"}, {**hi, "name": None}])
+    assert prompt_of(world) == "me: hiuser: hi"
+
+
+def test_an_answer_of_the_official_client_can_be_sent_back(client, world):
+    message = openai.types.chat.ChatCompletionMessage(**client.chat().json()["choices"][0]["message"])
+    assert client.chat(messages=[message.model_dump() | {"tool_calls": []}]).status_code == 200
+    assert prompt_of(world) == f"[assistant]{TEXT}[assistant]"
+
+
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    "field", [{"tool_calls": [CALL]}, {"function_call": CALL["function"]}, {"audio": {"id": "a"}}]
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_what_a_message_asks_for_and_is_not_served_is_refused(client, path, field):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", **field}]
+    response = client("POST", path, json={"messages": messages})
+    (name,) = field
+    assert (response.status_code, error(response)["code"]) == (400, "unsupported_parameter")
+    assert error(response)["param"] == f"messages.1.{name}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "chat_template",
+        "tools",
+        "documents",
+        "continue_final_message",
+        "add_generation_prompt",
+        "tokenize",
+        "padding",
+        "return_tensors",
+        "tokenizer_kwargs",
+        "messages",
+        "conversation",
+        "conversations",
+        "self",
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_a_template_is_not_the_callers_to_choose(client, path, name):
+    body = {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {name: "{{ 1 / 0 }}"}}
+    response = client("POST", path, json=body)
+    assert (response.status_code, error(response)["code"]) == (400, "unsupported_parameter")
+    assert error(response)["param"] == f"chat_template_kwargs.{name}"
+
+
+def test_variables_of_the_template(client, world):
+    world.tokenizer._backend.chat_template = (
+        "{% if enable_thinking %}think {% endif %}{{ messages[0].content }}"
+    )
+    client.chat(chat_template_kwargs={"enable_thinking": True, "kwarg": [1]})
+    assert prompt_of(world) == "think hi"
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{{ messages[9].content.x }}"]
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_whatever_the_template_raises_is_the_conversations_fault(client, world, path, template):
+    world.tokenizer._backend.chat_template = template
+    response = client("POST", path, json={"messages": [{"role": "user", "content": "hi"}]})
+    assert (response.status_code, error(response)["param"]) == (400, "messages")
 
 
 def test_the_length(client, world):
