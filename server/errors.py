@@ -11,6 +11,7 @@
     ├── BodyTooLargeError             413 request_too_large
     ├── ContentTypeError              415 unsupported_media_type
     ├── QueueFullError                429 queue_full
+    ├── HeadersTooLargeError          431 headers_too_large
     ├── NotReadyError                 503 not_ready              loading or draining
     └── EngineDeadError               503 engine_dead
     UnsupportedModelError             at start only: the base cannot be served, and why
@@ -116,6 +117,12 @@ class QueueFullError(LoraplexError):
     """As many requests wait as are allowed to; the client should come back."""
 
     http_status, type, code = 429, "rate_limit_error", "queue_full"
+
+
+class HeadersTooLargeError(LoraplexError):
+    """The request's line and headers pass their bound; what it asks for is not known."""
+
+    http_status, type, code = 431, "invalid_request_error", "headers_too_large"
 
 
 class NotReadyError(LoraplexError):

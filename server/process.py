@@ -24,6 +24,7 @@ import uvicorn
 from server.api.app import create_app
 from server.api.asgi import OpenRequests
 from server.api.auth import is_loopback
+from server.api.connection import BoundedProtocol
 from server.config import Settings
 from server.serving import Serving
 from server.version import VERSION
@@ -34,6 +35,7 @@ Load = Callable[[Settings, Serving], None]
 FAILED, USAGE = 1, 2
 # how long Python's lock may be kept from the engine, again and again in a step, by a thread that parses an upload, say
 SWITCH_SECONDS = 1e-4
+KEEP_ALIVE_SECONDS = 75  # longer than the 60 for which proxies keep theirs: who closes first must be who asks
 TICK = 0.05  # seconds between looks at the load, the engine and the drain
 STOP_SECONDS = 10.0  # for the engine to leave after its last sequence
 LAST_WORDS_SECONDS = 1.0  # for open streams to say why they end, after a second signal
@@ -97,6 +99,8 @@ class Life:
             access_log=False,
             server_header=False,
             lifespan="off",
+            http=BoundedProtocol,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
             timeout_graceful_shutdown=int(settings.shutdown_timeout + STOP_SECONDS),

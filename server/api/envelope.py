@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE = 2000  # characters; messages quote what the client sent
 RETRY_AFTER = {429: "1", 503: "5"}  # seconds; OpenAI's clients ignore anything above 120
 NO_RETRY = frozenset({409, 507})  # OpenAI's clients would repeat these, and nothing would change
+CLOSING = frozenset({413, 431})
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -116,6 +117,6 @@ def _response(status: int, body: dict[str, Any]) -> Response:
         headers["www-authenticate"] = "Bearer"
     if status in NO_RETRY:
         headers["x-should-retry"] = "false"
-    if status == 413:
-        headers["connection"] = "close"  # the rest of the body is not read
+    if status in CLOSING:
+        headers["connection"] = "close"  # the rest of the request is not read
     return Response(orjson.dumps(body), status, headers, "application/json")

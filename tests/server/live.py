@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import uvicorn
 
+from server.api.connection import BoundedProtocol
+
 
 @dataclass
 class Live:
@@ -36,7 +38,9 @@ def listening(app) -> Iterator[Live]:
         await app(scope, receive, send)
 
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(seen, log_config=None, access_log=False, lifespan="off"))
+    server = uvicorn.Server(
+        uvicorn.Config(seen, log_config=None, access_log=False, lifespan="off", http=BoundedProtocol)
+    )
     thread = threading.Thread(target=loop.run_until_complete, args=[server.serve(sockets=[listener])])
     thread.start()
     try:

@@ -327,6 +327,18 @@ def test_start_up_says_who_may_do_what_and_no_key(more, words, capsys):
     assert not [line for line in lines if "hush" in line or "psst" in line]
 
 
+def test_a_connection_is_kept_while_idle_and_its_heads_are_bounded(start, port):
+    start()
+    until(port, "/ready", 200)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        for idle in (5.5, 0):  # many servers close after 5 s
+            connection.sendall(b"HEAD /health HTTP/1.1\r\nhost: a\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+            time.sleep(idle)
+        connection.sendall(b"HEAD /health HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 65536)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 431 ")
+
+
 def test_a_stop_while_loading_is_at_once(start, port):
     process = start(loading=60.0)
     until(port, "/health", 200)

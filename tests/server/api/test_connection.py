@@ -1,0 +1,89 @@
+"""Over real connections: what is read before a request is known has a bound."""
+
+import contextlib
+import json
+import socket
+
+import pytest
+
+from server.api.app import create_app
+from server.api.connection import MAX_HEAD_BYTES
+from tests.server.live import listening
+
+HEAD = b"GET /version HTTP/1.1\r\nhost: a\r\n"
+CHUNKED = b"POST /tokenize HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture
+def live(world):
+    with listening(create_app(world.settings, world.serving)) as live:
+        yield live
+
+
+def connected(live):
+    return socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2])), timeout=10)
+
+
+def sent(live, data):
+    """All that is answered; the server may close before everything is sent."""
+    received = b""
+    with connected(live) as connection, contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(data)
+        while part := connection.recv(65536):
+            received += part
+    head, _, body = received.partition(b"\r\n\r\n")
+    return head.decode().lower(), body
+
+
+def refused(answer):
+    head, body = answer
+    assert head.startswith("http/1.1 431 request header fields too large\r\n")
+    assert "connection: close" in head
+    assert f"content-length: {len(body)}" in head
+    return json.loads(body)["error"]["code"] == "headers_too_large"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        HEAD + b"x: " + b"y" * MAX_HEAD_BYTES,  # no end of it yet
+        HEAD + b"x: " + b"y" * MAX_HEAD_BYTES + b"\r\n\r\n",
+        HEAD + b"x: y\r\n" * (MAX_HEAD_BYTES // 6),
+        HEAD + b"x" * MAX_HEAD_BYTES,
+        b"GET /" + b"a" * MAX_HEAD_BYTES,
+        CHUNKED + b"2\r\n{}\r\n0\r\n" + b"x: y\r\n" * (MAX_HEAD_BYTES // 3),  # trailers
+        CHUNKED + b"2;" + b"x" * 2 * MAX_HEAD_BYTES,
+    ],
+    ids=["unended", "ended", "many", "name", "path", "trailers", "extension"],
+)
+def test_a_head_too_large(live, data):
+    assert refused(sent(live, data))
+    head, body = sent(live, HEAD + b"connection: close\r\n\r\n")
+    assert head.startswith("http/1.1 200 ")
+    assert json.loads(body)["name"] == "loraplex"
+
+
+def test_a_head_that_fits_and_a_second_on_the_same_connection(live):
+    fill = b"x: " + b"y" * (MAX_HEAD_BYTES - len(HEAD) - 8) + b"\r\n\r\n"
+    assert len(HEAD + fill) == MAX_HEAD_BYTES - 1
+    with connected(live) as connection:
+        for _ in range(3):
+            connection.sendall(HEAD + fill)
+            received = b""
+            while not received.endswith(b"}"):
+                received += connection.recv(65536)
+            assert received.startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_body_is_bounded_by_its_route_and_not_with_the_head(live):
+    body = json.dumps({"prompt": "a " * MAX_HEAD_BYTES}).encode()
+    lengths = f"content-type: application/json\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+    head, answer = sent(live, b"POST /tokenize HTTP/1.1\r\nhost: a\r\n" + lengths.encode() + body)
+    assert head.startswith("http/1.1 200 ")
+    assert json.loads(answer)["count"] > MAX_HEAD_BYTES
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:9], body[9:]))
+    head, answer = sent(
+        live, CHUNKED.replace(b"host: a", b"host: a\r\nconnection: close") + chunks + b"0\r\n\r\n"
+    )
+    assert json.loads(answer[answer.index(b"{") : answer.rindex(b"}") + 1])["count"] > MAX_HEAD_BYTES
