@@ -22,6 +22,7 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _RENDERED = frozenset(
     {"conversations", "messages"}
 )  # what transformers hands to a chat template, beside its options
+_LONGEST_CHARACTER = 4  # bytes, and so ids that it may take
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
 
 
@@ -109,7 +110,7 @@ class Tokenizer:
 
     def detokenizer(self) -> IncrementalDetokenizer:
         """A fresh incremental decoder for one sequence."""
-        return IncrementalDetokenizer(self.decode, self.special_ids, self.byte_ids)
+        return IncrementalDetokenizer(self.decode, self.vocab_size, self.special_ids, self.byte_ids)
 
     def decode_verbatim(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens included: what gives these ids again."""
@@ -187,15 +188,22 @@ def _byte_level_alphabet(backend: PreTrainedTokenizerBase) -> Mapping[str, int]:
 class IncrementalDetokenizer:
     """Decodes a short window: some ids already shown, for their effect on spacing, and the ids still pending.
 
+    Short whatever comes, unless each of many ids in a row ends one character and begins the next.
+
     Text is held back while it may still change: when it ends in a replacement character (half a character),
     and while a run of byte-fallback ids is open (one more byte can turn the whole run into replacement
     characters).
     """
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], special_ids: Set[int], byte_ids: Set[int]
+        self,
+        decode: Callable[[Sequence[int]], str],
+        vocab_size: int,  # a model may have more ids than its tokenizer
+        special_ids: Set[int],
+        byte_ids: Set[int],
     ) -> None:
         self._decode = decode
+        self._vocab_size = vocab_size
         self._special_ids = special_ids
         self._byte_ids = byte_ids
         self._window: list[int] = []
@@ -204,19 +212,17 @@ class IncrementalDetokenizer:
 
     def add(self, token_id: int) -> str:
         """The text that this id makes certain: its own, or none, or that of several ids."""
-        if token_id in self._special_ids:
+        if token_id in self._special_ids or token_id >= self._vocab_size:
             return ""
         self._window.append(token_id)
         if token_id in self._byte_ids:
             return ""
         text = self._decode(self._window)
-        if text.endswith(_REPLACEMENT):
-            return ""
-        return self._show(text)
+        return self._show_but_last(text) if text.endswith(_REPLACEMENT) else self._show(text)
 
     def copy(self) -> IncrementalDetokenizer:
         """One that goes on from here by itself."""
-        other = IncrementalDetokenizer(self._decode, self._special_ids, self._byte_ids)
+        other = IncrementalDetokenizer(self._decode, self._vocab_size, self._special_ids, self._byte_ids)
         other._window, other._shown, other._shown_text = list(self._window), self._shown, self._shown_text
         return other
 
@@ -226,11 +232,27 @@ class IncrementalDetokenizer:
             return ""
         return self._show(self._decode(self._window))
 
+    def _show_but_last(self, text: str) -> str:
+        """The text ends in half a character: what the ids before the last one say, if the last has begun it.
+
+        Without this a text of broken characters would be decoded from its beginning for each id.
+        """
+        if len(self._window) - self._shown < _LONGEST_CHARACTER:
+            return ""
+        last = self._window.pop()
+        before = self._decode(self._window)
+        certain = len(self._shown_text) < len(before) < len(text) and text.startswith(before)
+        piece = self._show(before) if certain else ""
+        self._window.append(last)
+        return piece
+
     def _show(self, text: str) -> str:
         piece = text[len(self._shown_text) :]
         pending = self._window[self._shown :]
         if alone := self._decode(pending):
             self._window, self._shown_text = pending, alone
+        elif self._shown and (alone := self._decode(self._window[self._shown - 1 :])):
+            self._window, self._shown_text = self._window[self._shown - 1 :], alone
         else:  # these ids have no text of their own, so they cannot stand for what came before them
             self._shown_text = text
         self._shown = len(self._window)

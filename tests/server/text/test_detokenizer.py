@@ -32,6 +32,37 @@ def test_pieces_in_sum_are_the_decode_of_all_ids(tokenizer, data):
     assert detokenizer.flush() == ""
 
 
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_so_are_those_of_broken_characters_and_of_ids_beyond_the_vocabulary(tokenizer, data):
+    beyond = tokenizer.vocab_size + 1
+    broken = [id for id in range(beyond) if tokenizer.decode([id]) in ("", "\ufffd", " \ufffd")]
+    ids = data.draw(st.lists(st.sampled_from(broken) | st.integers(0, beyond), max_size=60))
+    detokenizer = tokenizer.detokenizer()
+    pieces = [detokenizer.add(id) for id in ids]
+    assert tokenizer.decode(ids).startswith("".join(pieces))
+    assert "".join(pieces) + detokenizer.flush() == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("repeated", ["half", "half behind a space", "replacement", "empty", "beyond"])
+def test_no_text_is_decoded_from_its_beginning_for_each_id(tokenizer, repeated):
+    ids = {
+        "half": [id for id in range(tokenizer.vocab_size) if tokenizer.decode([id]) == "\ufffd"][-1:],
+        "half behind a space": [
+            id for id in range(tokenizer.vocab_size) if tokenizer.decode([id]) == " \ufffd"
+        ],
+        "replacement": tokenizer.encode("\ufffd", add_special_tokens=False),
+        "empty": [id for id in range(tokenizer.vocab_size) if not tokenizer.decode([id])],
+        "beyond": [tokenizer.vocab_size],
+    }[repeated]
+    decoded = []
+    detokenizer = tokenizer.detokenizer()
+    detokenizer._decode = lambda window: decoded.append(len(window)) or tokenizer.decode(window)
+    for id in ids[:4] * 1000:
+        detokenizer.add(id)
+    assert sum(decoded) <= 20 * 1000 * len(ids[:4])
+
+
 @given(text=st.text(max_size=40))
 @example("👩‍👩‍👧 zero-width joiners")
 @example("é€日😀")
