@@ -250,7 +250,7 @@ REQUESTS = [
         "a conversation over the limit",
         400,
         "context_length_exceeded",
-        "prompt",
+        "messages",
         messages=[{"role": "user", "content": "a b c " * 5000}],
     ),
     chat("an adapter that does not fit", 409, "adapter_incompatible", "model", model="odd"),

@@ -67,7 +67,9 @@ async def create_chat_completion(request: Request, edge: EdgeOf) -> Response:
         return [await asyncio.to_thread(_encode, body, served)]
 
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    return await answer(Call(request, edge, served, body, FORMAT), Lengths(asked, None), encode)
+    return await answer(
+        Call(request, edge, served, body, FORMAT), Lengths(asked, None, behind="messages"), encode
+    )
 
 
 def _encode(body: ChatRequest, served: Served) -> Prompt:

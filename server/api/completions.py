@@ -68,16 +68,17 @@ async def create_completion(request: Request, edge: EdgeOf) -> Response:
     body.refuse_unsupported(COMPLETION_NEUTRAL)
     body.refuse_conflicts()
 
+    lengths = Lengths(body.max_tokens, DEFAULT_MAX_TOKENS, behind="prompt")
+
     async def encode() -> Sequence[Prompt]:
         if sum(map(len, body.prompts)) <= INLINE and not body.echo:
-            return _encode(body, served)
-        return await asyncio.to_thread(_encode, body, served)
+            return _encode(body, lengths, served)
+        return await asyncio.to_thread(_encode, body, lengths, served)
 
-    call = Call(request, edge, served, body, FORMAT)
-    return await answer(call, Lengths(body.max_tokens, DEFAULT_MAX_TOKENS), encode)
+    return await answer(Call(request, edge, served, body, FORMAT), lengths, encode)
 
 
-def _encode(body: CompletionRequest, served: Served) -> list[Prompt]:
+def _encode(body: CompletionRequest, lengths: Lengths, served: Served) -> list[Prompt]:
     found: list[Prompt] = []
     for prompt in body.prompts:
         if isinstance(prompt, str):
@@ -86,6 +87,7 @@ def _encode(body: CompletionRequest, served: Served) -> list[Prompt]:
             ids = check_ids(prompt, served.vocab_size, "prompt")
         if not ids:
             raise InvalidRequestError("prompt: has no tokens", param="prompt")
+        lengths.most(len(ids), served.max_model_len)  # before anybody works on a prompt that is too long
         given = prompt if isinstance(prompt, str) else None
         found.append(Prompt(ids, Echo.of(served.tokenizer, ids, given) if body.echo else None))
     return found

@@ -75,10 +75,22 @@ class Choice:
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many tokens may be generated: what was asked for, and what it is if nothing was."""
+    """How many tokens may be generated: what was asked for, what it is if nothing was, and behind what."""
 
     asked: int | None
     default: int | None  # None: all the room there is
+    behind: str  # the field with the prompt
+
+    def most(self, prompt: int, limit: int) -> int:
+        """Tokens behind so many of a prompt; raises if the model's length is too little."""
+        room = limit - prompt
+        if room < (1 if self.asked is None else self.asked):
+            wanted = f" and {self.asked} are asked for" if self.asked is not None else ""
+            raise ContextLengthError(
+                f"the model takes {limit} tokens; the prompt has {prompt}{wanted}; shorten one of them",
+                param=self.behind,
+            )
+        return min(room, self.default or room) if self.asked is None else self.asked
 
 
 def choices_for(
@@ -103,7 +115,7 @@ def choices_for(
 def _sampling(body: Body, lengths: Lengths, prompt: Prompt, served: Served) -> Sampling:
     """What the body says, else what the model's authors or the API say, for the prompt's first choice."""
     defaults = served.defaults
-    max_tokens = _max_tokens(lengths, len(prompt.ids), served.max_model_len)
+    max_tokens = lengths.most(len(prompt.ids), served.max_model_len)
     if (body.min_tokens or 0) > max_tokens:
         raise InvalidRequestError(
             f"min_tokens: {body.min_tokens} is more than the {max_tokens} tokens that may come at most",
@@ -150,18 +162,6 @@ def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> Ids:
 def _stop_ids(body: Body, served: Served) -> frozenset[int]:
     given = check_ids(body.stop_token_ids or (), served.vocab_size, "stop_token_ids")
     return frozenset(given) if body.ignore_eos else frozenset(given) | served.eos_token_ids
-
-
-def _max_tokens(lengths: Lengths, prompt: int, limit: int) -> int:
-    room = limit - prompt
-    asked = lengths.asked
-    if room < (1 if asked is None else asked):
-        wanted = f" and {asked} are asked for" if asked is not None else ""
-        raise ContextLengthError(
-            f"the model takes {limit} tokens; the prompt has {prompt}{wanted}; shorten one of them",
-            param="prompt",
-        )
-    return min(room, lengths.default or room) if asked is None else asked
 
 
 def _int64(value: int) -> int:

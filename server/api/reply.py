@@ -90,10 +90,10 @@ async def answer(call: Call, lengths: Lengths, encode: Callable[[], Awaitable[Se
     async with AsyncExitStack() as stack:
         target = select(served, edge.base_names(served), body.model, body.adapter)
         stack.callback(target.release)
-        prompts = await encode()
         most = edge.settings.max_queued_requests
-        if len(prompts) * body.n > most:
+        if body.choices > most:
             raise InvalidRequestError(f"prompts times n must be at most {most}", param="prompt")
+        prompts = await encode()
         choices = choices_for(body, lengths, prompts, served, target.generation)
         prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         generation = Generation(served, edge.metrics, target.adapter, choices, body.stops, prompt_tokens)

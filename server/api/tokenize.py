@@ -13,7 +13,7 @@ from server.api.chat import encode_messages
 from server.api.generation import Ids, check_ids
 from server.api.openapi import json_body
 from server.api.schemas.answers import Text, Tokens
-from server.api.schemas.generation import Message
+from server.api.schemas.generation import Messages
 from server.api.selection import select
 from server.errors import InvalidRequestError
 from server.serving import Edge, EdgeOf, Served
@@ -34,7 +34,7 @@ class TokenizeRequest(_Request):
     """A prompt, or a conversation."""
 
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
@@ -44,7 +44,7 @@ class TokenizeRequest(_Request):
 class DetokenizeRequest(_Request):
     """Token ids."""
 
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
 @router.post("/tokenize", openapi_extra=json_body(TokenizeRequest))

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator
-from pydantic_core import PydanticCustomError, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError, PydanticUseDefault, ValidationError
 
 from server.errors import InvalidRequestError, UnsupportedParameterError
 
@@ -16,6 +23,9 @@ MAX_STOP_LENGTH = 256
 MAX_STOP_IDS = 256
 MAX_BIASES = 300  # entries of `logit_bias`
 MAX_LOGPROBS = 20
+MAX_PROMPTS = 4096
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024  # of one message
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     # parameter -> the values that change nothing, beside null; anything else is refused
@@ -85,9 +95,17 @@ def described(message: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
+def _default_for_null(value: Any) -> Any:
+    if value is None:
+        raise PydanticUseDefault
+    return value
+
+
+_Count = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
+Count = Annotated[_Count, BeforeValidator(_default_for_null, json_schema_input_type=_Count | None)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = Annotated[
-    StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)],
+    StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)],
     described(f"must be a string or at most {MAX_STOPS} strings, of 1 to {MAX_STOP_LENGTH} characters each"),
 ]
 
@@ -106,8 +124,8 @@ Biases = Annotated[
 class StreamOptions(BaseModel):
     """`stream_options`."""
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
 
 
 class GenerationRequest(BaseModel):
@@ -128,11 +146,11 @@ class GenerationRequest(BaseModel):
     logit_bias: Biases | None = None
     min_tokens: int | None = Field(None, ge=0)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    n: Count = 1
     best_of: int | None = Field(None, ge=1)
     stop: Stop | None = None
-    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_IDS)
-    ignore_eos: bool = False
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_IDS, fail_fast=True)
+    ignore_eos: bool | None = False
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
@@ -155,11 +173,12 @@ TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[
     str
     | TokenIds
-    | Annotated[list[str], Field(min_length=1, fail_fast=True)]
-    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)],
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)],
     Field(union_mode="left_to_right"),
     described(
-        "must be a string, a list of strings, a list of token ids or a list of such lists, and not empty"
+        "must be a string, a list of strings, a list of token ids or a list of such lists, not empty, "
+        f"and hold at most {MAX_PROMPTS} prompts"
     ),
 ]
 
@@ -183,6 +202,12 @@ class CompletionRequest(GenerationRequest):
             raise InvalidRequestError("max_tokens: 0 is only allowed with echo", param="max_tokens")
 
     @property
+    def choices(self) -> int:
+        """How many sequences are asked for."""
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return self.n if one else len(self.prompt) * self.n
+
+    @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one, whichever of the four shapes they came in."""
         match self.prompt:
@@ -201,7 +226,10 @@ class TextPart(BaseModel):
     text: str
 
 
-Content = Annotated[str | list[TextPart], described("must be a string or a list of text parts")]
+Content = Annotated[
+    str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)],
+    described(f"must be a string or a list of at most {MAX_PARTS} text parts"),
+]
 
 
 class Message(BaseModel):
@@ -227,10 +255,13 @@ class Message(BaseModel):
         _refuse(self.model_extra or {}, MESSAGE_NEUTRAL, f"{place}.")
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ChatRequest(GenerationRequest):
     """A conversation to answer."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1)
     chat_template_kwargs: dict[str, Any] | None = None
     logprobs: bool | None = False
@@ -240,6 +271,11 @@ class ChatRequest(GenerationRequest):
     def top(self) -> int | None:
         """As for completions."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def choices(self) -> int:
+        """As for completions."""
+        return self.n
 
     def refuse_conflicts(self) -> None:
         """Raise for fields that are each right, and together are not."""

@@ -171,6 +171,19 @@ def test_what_is_not_served_is_refused(client, body):
     assert (response.status_code, error(response)["code"]) == (400, "unsupported_parameter")
 
 
+def test_a_conversation_that_is_too_long_is_named(client):
+    response = client.chat(messages=[{"role": "user", "content": "a b c " * 100}])
+    assert error(response)["code"] == "context_length_exceeded"
+    assert error(response)["param"] == "messages"
+
+
+def test_nulls_as_the_official_client_sends_them(client):
+    whole = client.chat(n=None, ignore_eos=None)
+    assert (whole.status_code, len(whole.json()["choices"])) == (200, 1)
+    options = {"include_usage": None, "continuous_usage_stats": None}
+    assert all("usage" not in chunk for chunk in events(client.chat(stream=True, stream_options=options)))
+
+
 def test_a_base_without_a_template(client, world):
     world.tokenizer._backend.chat_template = None
     response = client.chat(adapter="legal")

@@ -3,7 +3,10 @@
 import pytest
 
 from adapters.errors import AdapterError
+from server.api.generation import Echo
+from server.api.validation import first_error
 from server.errors import ADAPTER_STATUS, AdapterRejectedError
+from server.text.tokenizer import Tokenizer
 from tests.server.api.conftest import Client, error, events
 
 JSON = {"content-type": "application/json"}
@@ -160,6 +163,45 @@ def test_errors_before_the_engine_release_the_adapter(client, world):
     ):
         assert client.complete(adapter="legal", **body).status_code == 400
     assert world.registry.resolved == 4
+
+
+def test_what_is_too_much_is_refused_before_any_work_on_it(client, monkeypatch):
+    def work(*_):
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr(Echo, "of", work)
+    overlong = client.complete(prompt="a b c " * 100, echo=True)
+    assert (overlong.status_code, error(overlong)["code"]) == (400, "context_length_exceeded")
+    monkeypatch.setattr(Tokenizer, "encode", work)
+    for body in ({"prompt": [""] * 257}, {"prompt": ["a"] * 17, "n": 16}, {"prompt": ["a"] * 5000}):
+        refused = client.complete(**body)
+        assert (refused.status_code, error(refused)["param"]) == (400, "prompt")
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("/v1/chat/completions", "messages", [1] * 100_000),
+        ("/v1/chat/completions", "messages", [{"role": "user", "content": ""}] * 5000),
+        (
+            "/v1/chat/completions",
+            "messages",
+            [{"role": "user", "content": [{"type": "text", "text": ""}] * 1025}],
+        ),
+        ("/tokenize", "messages", [{"role": "user", "content": ""}] * 5000),
+        ("/v1/completions", "stop_token_ids", ["a"] * 100_000),
+        ("/v1/completions", "stop_token_ids", [1] * 257),
+        ("/detokenize", "tokens", ["a"] * 100_000),
+    ],
+)
+def test_a_list_is_checked_up_to_its_first_mistake(client, monkeypatch, path, field, value):
+    found = []
+    monkeypatch.setattr(
+        "server.api.asgi.first_error", lambda errors: found.append(errors) or first_error(errors)
+    )
+    response = client("POST", path, json={"prompt": None if path == "/tokenize" else "a", field: value})
+    assert (response.status_code, error(response)["param"].split(".")[0]) == (400, field)
+    ((_,),) = found
 
 
 def test_two_apps_share_nothing(client, world):
