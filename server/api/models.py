@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from adapters.errors import AdapterError
+from server.api.asgi import request_id_of
 from server.api.auth import CHANGES
 from server.api.schemas.answers import DeletedModel, Model, ModelList
 from server.errors import InvalidRequestError, ModelNotFoundError
@@ -14,6 +16,8 @@ from server.serving import Edge, EdgeOf, Served
 
 if TYPE_CHECKING:
     from adapters.entry import Entry
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -35,7 +39,7 @@ def get_model(id: str, edge: EdgeOf) -> Model:
 
 
 @router.delete("/{id:path}", dependencies=[CHANGES])
-def delete_model(id: str, edge: EdgeOf) -> DeletedModel:
+def delete_model(id: str, request: Request, edge: EdgeOf) -> DeletedModel:
     """Remove an adapter, as OpenAI's clients delete a fine-tuned model."""
     served, name = edge.serving.ready(), _named(edge, id)
     if name in edge.base_names(served):
@@ -44,14 +48,16 @@ def delete_model(id: str, edge: EdgeOf) -> DeletedModel:
         served.registry.delete(name)
     except AdapterError as error:
         raise (_unknown(id) if error.code == "adapter_not_found" else error) from None
+    logger.info("adapter removed name=%s request_id=%s", name, request_id_of(request))
     return {"id": name, "object": "model", "deleted": True}
 
 
 def _named(edge: Edge, id: str) -> str:
     """The id that a model is listed under, from that, from `base:adapter`, or from the base's path."""
     served = edge.serving.ready()
+    base_names = edge.base_names(served)
     base, _, adapter = id.rpartition(":")
-    wanted = adapter if base in edge.base_names(served) else id
+    wanted = adapter if base in base_names and id not in base_names else id
     return served.name if wanted == edge.settings.model else wanted
 
 

@@ -63,20 +63,11 @@ def _named_by_model(served: Served, base_names: Set[str], model: str | None) -> 
     base, colon, adapter = model.rpartition(":")
     if colon and base in base_names and adapter:
         return Choice(adapter, "model")
-    if known(served, model):
+    if model in served.registry:
         return Choice(model, "model")
     raise ModelNotFoundError(
         f"no model {model!r}; GET /v1/models lists the base and its adapters", param="model"
     )
-
-
-def known(served: Served, adapter: str) -> bool:
-    """Whether an adapter of this name is registered."""
-    try:
-        served.registry.entry(adapter)
-    except AdapterError:
-        return False
-    return True
 
 
 def _nothing() -> None:

@@ -221,13 +221,14 @@ def test_keys_are_repeated_nowhere(server, caplog):
 
 
 def test_changes_are_logged_with_the_request(client, caplog):
-    caplog.set_level(logging.INFO, logger="server.api.adapters")
-    for method, path, options in CHANGES[:4]:
+    caplog.set_level(logging.INFO, logger="server.api")
+    for method, path, options in CHANGES:
         client(method, path, **options, headers={"x-request-id": f"mine-{method}"})
     for words in (
         "adapter stored name=tax",
         "adapter rolled back name=legal",
         "adapter removed name=legal",
+        "adapter removed name=medical request_id=mine-DELETE",
         "request_id=mine-PUT",
     ):
         assert words in caplog.text

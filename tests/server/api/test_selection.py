@@ -121,3 +121,14 @@ def test_seeds_are_drawn_for_those_who_bring_none(tmp_path):
         9,
         draws.getrandbits(63),
     ]
+
+
+def test_a_base_with_a_colon_in_its_name_is_no_adapter(tmp_path):
+    world = fakes.world(tmp_path, served_model_name=["base", "base:legal"])
+    client = Client(world)
+    assert client.complete(model="base:legal").json()["adapter"] is None
+    assert client("GET", "/v1/models/base:legal").json()["parent"] is None
+    refused = client("DELETE", "/v1/models/base:legal")
+    assert (refused.status_code, error(refused)["param"]) == (400, "model")
+    assert "legal" in world.registry.names
+    assert client("GET", "/v1/models/base:medical").json()["id"] == "medical"
