@@ -8,6 +8,7 @@
     ├── ScopeError                    403 insufficient_scope     this key, or this server, does not allow it
     ├── ModelNotFoundError            404 model_not_found
     ├── AdapterRejectedError          from `ADAPTER_STATUS`      an `AdapterError` on its way out
+    ├── BodyTimeoutError              408 request_timeout        the body has stopped arriving
     ├── BodyTooLargeError             413 request_too_large
     ├── ContentTypeError              415 unsupported_media_type
     ├── QueueFullError                429 queue_full
@@ -99,6 +100,12 @@ class AdapterRejectedError(LoraplexError):
         self.type = _type_of(self.http_status)
         self.code = error.code
         self.details = error.findings
+
+
+class BodyTimeoutError(LoraplexError):
+    """The request's body has stopped arriving."""
+
+    http_status, type, code = 408, "invalid_request_error", "request_timeout"
 
 
 class BodyTooLargeError(LoraplexError):

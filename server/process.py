@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from server.api.app import create_app
-from server.api.asgi import OpenRequests
+from server.api.asgi import LAST_WORDS_SECONDS, OpenRequests
 from server.api.auth import is_loopback
 from server.api.connection import BoundedProtocol
 from server.config import Settings
@@ -38,7 +39,6 @@ SWITCH_SECONDS = 1e-4
 KEEP_ALIVE_SECONDS = 75  # longer than the 60 for which proxies keep theirs: who closes first must be who asks
 TICK = 0.05  # seconds between looks at the load, the engine and the drain
 STOP_SECONDS = 10.0  # for the engine to leave after its last sequence
-LAST_WORDS_SECONDS = 1.0  # for open streams to say why they end, after a second signal
 
 
 class _Server(uvicorn.Server):
@@ -103,7 +103,7 @@ class Life:
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
-            timeout_graceful_shutdown=int(settings.shutdown_timeout + STOP_SECONDS),
+            timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout + 2 * LAST_WORDS_SECONDS),
         )
         self._server = _Server(config)
         self.loop_factory = config.get_loop_factory()
@@ -160,8 +160,12 @@ class Life:
         while serving.phase == "ready" and not serving.dead:
             await asyncio.sleep(TICK)
         if serving.dead:
-            await asyncio.sleep(TICK)  # lets the open streams say why they end
-            self._leave(FAILED, "the engine has stopped on an error; its log line has the reason")
+            await self._leave_without_engine()
+
+    async def _leave_without_engine(self) -> None:
+        await asyncio.sleep(TICK)  # lets the open streams say why they end
+        self._leave(FAILED, "the engine has stopped on an error; its log line has the reason")
+        await self._requests.end()
 
     def _leave(self, code: int, reason: str) -> None:
         print(f"loraplex serve: {reason}", file=sys.stderr, flush=True)
@@ -182,19 +186,21 @@ class Life:
         self._drains = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
-        """Let sequences end; when the time is over, whatever is still open ends with an error that clients see."""
+        """Let requests end; when the time is over, whatever is still open ends with an error that clients see."""
         deadline = time.monotonic() + self._settings.shutdown_timeout
         while (served := self._serving.served) is not None and time.monotonic() < deadline:
-            await asyncio.sleep(TICK)
-            stats = served.engine.stats()
-            if stats.running + stats.waiting == 0:
+            if not served.engine.healthy:
+                await self._leave_without_engine()
                 return
-        await self._requests.end(LAST_WORDS_SECONDS)
+            await asyncio.sleep(TICK)
+            if not self._requests.tasks:
+                return
+        await self._requests.end()
 
     async def _end(self, code: int) -> None:
         """Leave within a moment: a step of the engine, an upload and a slow reader are not waited for."""
         try:
-            await self._requests.end(LAST_WORDS_SECONDS)
+            await self._requests.end()
         finally:
             os._exit(code)
 

@@ -1,9 +1,10 @@
 """The raw ASGI side of a request: its id, its body, its client going away.
 
 `Frame` is the outermost layer of every request: it names it, asks for its key, counts it, and answers when everything
-else failed; plain ASGI, so that a disconnect still reaches the routes. `OpenRequests` are those being answered, for a
-server that has to end them. `read_json` reads a body: its kind, its size, its shape.
-`unless_gone` is a race between a coroutine and the connection's end. Knows no route.
+else failed; plain ASGI, so that a disconnect still reaches the routes. An `Exchange` is one of them and its answer.
+`OpenRequests` are those being answered, for a server that has to end them. `read_json` reads a body: its kind, its
+size, its shape. `unless_gone` is a race between a coroutine and the connection's end. Of the routes it knows only paths
+that machines ask.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import time
 import uuid
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -26,13 +28,21 @@ from server.api.auth import OPEN, Guard
 from server.api.envelope import error_response, last_events
 from server.api.validation import first_error
 from server.config import Settings
-from server.errors import BodyTooLargeError, ContentTypeError, InvalidRequestError, NotReadyError
+from server.errors import (
+    BodyTimeoutError,
+    BodyTooLargeError,
+    ContentTypeError,
+    InvalidRequestError,
+    NotReadyError,
+)
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 UNLOGGED = frozenset({"/health", "/ready", "/metrics"})  # asked every second, by machines
 CLIENT_CLOSED = 499  # counted, never sent: the client was gone before an answer began
+BODY_SECONDS = 60.0  # for the next byte of a body to come
+LAST_WORDS_SECONDS = 1.0  # for what is open when the server ends to say why
 MAX_JSON_BYTES = 4 * 1024 * 1024
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -51,13 +61,71 @@ class OpenRequests:
         self.tasks: set[asyncio.Task[Any]] = set()
         self.ended = False
 
-    async def end(self, seconds: float) -> None:
-        """Cut them all short, each with an error its client sees; wait so long for the words to be written."""
+    async def end(self) -> None:
+        """Cut them all short, each with an error its client sees; wait for the words to be written."""
         self.ended = True
         for task in self.tasks:
             task.cancel()
         if self.tasks:
-            await asyncio.wait(set(self.tasks), timeout=seconds)
+            await asyncio.wait(set(self.tasks), timeout=LAST_WORDS_SECONDS)
+
+
+class Exchange:
+    """One request and how far its answer is."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.request_id = _request_id(scope)
+        self.status = CLIENT_CLOSED  # until an answer begins
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._arriving = True  # the body
+        self._streaming = False
+        self._began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    async def receive(self) -> Message:
+        """The next of the body, if any comes in time; behind it, the client's end, whenever it is."""
+        if not self._arriving:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                message = await self._receive()
+        except TimeoutError:
+            raise BodyTimeoutError(
+                f"nothing of the body came for {BODY_SECONDS:g} s; send it again"
+            ) from None
+        self._arriving = message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.request_id
+            self._streaming = headers.get("content-type", "").startswith("text/event-stream")
+        elif not message.get("more_body", False):
+            self._streaming = False
+        await self._send(message)
+
+    async def fail(self, error: Exception) -> None:
+        """Answer with what no route has answered; raises it if an answer has begun."""
+        if self.status != CLIENT_CLOSED:
+            raise error
+        await error_response(error)(self._scope, self._receive, self.send)
+
+    async def cut_short(self) -> None:
+        """Say why the answer ends, unless the client does not read."""
+        error = NotReadyError("the server was stopped before the answer had ended; send it elsewhere")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_SECONDS):
+                if self.status == CLIENT_CLOSED:
+                    await self.fail(error)
+                elif self._streaming:
+                    await self.send({"type": "http.response.body", "body": last_events(error)})
 
 
 class Frame:
@@ -79,58 +147,43 @@ class Frame:
             return
         if self.root_path:
             scope["root_path"] = self.root_path
-        request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
-        status, streaming, began = CLIENT_CLOSED, False, time.perf_counter()
-
-        async def send_named(message: Message) -> None:
-            nonlocal status, streaming
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
-                streaming = headers.get("content-type", "").startswith("text/event-stream")
-            elif not message.get("more_body", False):
-                streaming = False
-            await send(message)
-
+        exchange = Exchange(scope, receive, send)
+        scope.setdefault("state", {})["request_id"] = exchange.request_id
         task = asyncio.current_task()
         assert task is not None, "a request is answered by a task"
         self.requests.tasks.add(task)
         try:
-            if "\n" in scope["path"]:  # a route's pattern would match without it, and so another name
-                raise InvalidRequestError("the path holds a line's end (%0A)")
-            if self.guard.closed and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
-                self.guard.admit(Headers(scope=scope))
-            await self.app(scope, receive, send_named)
+            self._admit(scope)
+            await self.app(scope, exchange.receive, exchange.send)
         except (ClientGoneError, ClientDisconnect):
             pass
         except asyncio.CancelledError:
             if not self.requests.ended:
                 raise
-            error = NotReadyError("the server was stopped before the answer had ended; send it elsewhere")
-            if status == CLIENT_CLOSED:
-                await error_response(error)(scope, receive, send_named)
-            elif streaming:
-                await send_named({"type": "http.response.body", "body": last_events(error)})
+            await exchange.cut_short()
         except Exception as error:
-            if status != CLIENT_CLOSED:
-                raise
-            await error_response(error)(scope, receive, send_named)
+            await exchange.fail(error)
         finally:
             self.requests.tasks.discard(task)
-            route = getattr(scope.get("route"), "path", "(none)")
-            self.metrics.http_request(route, status)
-            if self.log and route not in UNLOGGED:
-                _log(scope, request_id, status, time.perf_counter() - began)
+            self._count(scope, exchange)
 
+    def _admit(self, scope: Scope) -> None:
+        """Raise unless the request may be looked at."""
+        if "\n" in scope["path"]:  # a route's pattern would match without it, and so another name
+            raise InvalidRequestError("the path holds a line's end (%0A)")
+        if self.guard.closed and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
+            self.guard.admit(Headers(scope=scope))
 
-def _log(scope: Scope, request_id: str, status: int, seconds: float) -> None:
-    """One line for one request, without a word of what was asked or answered."""
-    logger.info(
-        "request id=%s method=%s path=%s status=%d seconds=%.3f",
-        *(request_id, scope["method"], ascii(scope["path"])[1:-1], status, seconds),
-    )
+    def _count(self, scope: Scope, exchange: Exchange) -> None:
+        """In metrics, and in one line without a word of what was asked or answered."""
+        route = getattr(scope.get("route"), "path", "(none)")
+        self.metrics.http_request(route, exchange.status)
+        if self.log and route not in UNLOGGED:
+            path = ascii(scope["path"])[1:-1]
+            logger.info(
+                "request id=%s method=%s path=%s status=%d seconds=%.3f",
+                *(exchange.request_id, scope["method"], path, exchange.status, exchange.seconds),
+            )
 
 
 def request_id_of(request: Request) -> str:

@@ -1,7 +1,7 @@
 """Who may do what: keys, and what an address that only this machine reaches is worth without them.
 
-A key is compared as its SHA-256, in constant time, and with every key there is. Knows no route: `server/api/asgi.py`
-asks before each request, and routes that change adapters depend on `CHANGES`.
+A key is compared as its SHA-256, in constant time, and with every key there is. `server/api/asgi.py` asks before each
+request whose path is not `OPEN`, and routes that change adapters depend on `CHANGES`; no other route is known here.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE = 2000  # characters; messages quote what the client sent
 RETRY_AFTER = {429: "1", 503: "5"}  # seconds; OpenAI's clients ignore anything above 120
 NO_RETRY = frozenset({409, 507})  # OpenAI's clients would repeat these, and nothing would change
-CLOSING = frozenset({413, 431})
+CLOSING = frozenset({408, 413, 431})
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 

@@ -38,6 +38,8 @@ def load(settings, serving):
         raise TypeError("not subscriptable")
     serving.detail, serving.progress = "reading weights", 0.5
     time.sleep({loading})
+    if settings.base_name == "frozen":
+        import adapters.threads  # and torch, as every load does
     world = fakes.world(Path(sys.argv[2]))
     world.engine.reply = lambda submit: world.tokenizer.encode("slow " * 4)
     world.engine.delay, world.engine.first = {delay}, {first}
@@ -45,7 +47,7 @@ def load(settings, serving):
     serving.served = world.serving.served
     serving.phase = "ready"
     if settings.base_name == "dying":
-        time.sleep(0.3)
+        time.sleep(1)
         world.engine.healthy = False
 
 settings = Settings(
@@ -268,6 +270,62 @@ def all_of(connection):
     while data := connection.recv(65536):
         received += data
     return received.decode()
+
+
+def uploading(port, nbytes):
+    """A connection on which the beginning of an upload was sent."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection.sendall(
+        f"PUT /v1/adapters/a HTTP/1.1\r\nhost: a\r\ncontent-length: {nbytes}\r\n\r\nPK".encode()
+    )
+    time.sleep(0.3)
+    return connection
+
+
+def test_an_upload_may_end_while_the_server_drains(start, port):
+    process = start(timeout=20.0)
+    until(port, "/ready", 200)
+    with uploading(port, 4) as connection:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        connection.sendall(b"\x03\x04")
+        assert all_of(connection).startswith("HTTP/1.1 201 ")
+    process.communicate(timeout=5)
+    assert process.returncode == 0
+
+
+def test_bodies_that_do_not_end_in_time_get_an_error(start, port):
+    process = start(timeout=0.5)
+    until(port, "/ready", 200)
+    with (
+        uploading(port, 1000) as connection,
+        socket.create_connection(("127.0.0.1", port), timeout=10) as other,
+    ):
+        other.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{"
+        )
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        for answer in (all_of(connection), all_of(other)):
+            assert answer.startswith("HTTP/1.1 503 ")
+            assert '"code":"not_ready"' in answer
+        _, errors = process.communicate(timeout=10)
+    assert time.monotonic() - began < 4
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+
+
+def test_an_engine_that_dies_while_the_server_drains_ends_it(start, port):
+    process = start(name="dying", delay=30.0, first=0.0, timeout=60.0)
+    until(port, "/ready", 200)
+    with stream(port) as response, uploading(port, 1000) as connection:
+        process.send_signal(signal.SIGTERM)
+        assert '"code":"not_ready"' in response.read().decode()
+        assert all_of(connection).startswith("HTTP/1.1 503 ")
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert "the engine has stopped" in errors
 
 
 def test_a_second_signal_ends_at_once_with_a_word_to_everybody(start, port):

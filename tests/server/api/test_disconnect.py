@@ -79,6 +79,62 @@ def test_an_upload_that_breaks_off_leaves_nothing(world, port):
     assert "tax" not in world.registry.names
 
 
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("PUT /v1/adapters/tax", "zip"), ("POST /v1/completions", "json"), ("POST /tokenize", "json")],
+)
+def test_a_body_that_stops_arriving(world, port, monkeypatch, path, kind):
+    monkeypatch.setattr("server.api.asgi.BODY_SECONDS", 0.5)
+    head = f"{path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/{kind}\r\ncontent-length: 100\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(head.encode())
+        for _ in range(4):  # slow is not stopped
+            connection.sendall(b"{")
+            time.sleep(0.2)
+        answer = b""
+        while part := connection.recv(4096):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"code":"request_timeout"' in answer
+    assert b"connection: close" in answer
+    assert not list(world.registry.store.root.iterdir())
+
+
+def test_whoever_does_not_read_is_not_waited_for(world, monkeypatch):
+    """At the end of the server, behind a connection that takes no more."""
+    monkeypatch.setattr("server.api.asgi.LAST_WORDS_SECONDS", 0.2)
+    app = create_app(world.settings, world.serving)
+    world.engine.reply = lambda submit: world.tokenizer.encode("a slow reply" * 5)
+    body = {"type": "http.request", "body": b'{"prompt": "a", "stream": true, "max_tokens": 50}'}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+
+    async def run():
+        arriving, stuck = [body], asyncio.Event()
+
+        async def receive():
+            return arriving.pop() if arriving else await asyncio.Future()
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                stuck.set()
+                await asyncio.Future()
+
+        task = asyncio.create_task(app(scope, receive, send))
+        await stuck.wait()
+        ending = app.state.requests.end()
+        await asyncio.wait_for(ending, 5)
+        await asyncio.wait_for(task, 1)
+
+    asyncio.run(run())
+    assert world.quiet()
+
+
 def test_the_official_client(world, port):
     world.engine.delay = 0.0
     with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
