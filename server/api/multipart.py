@@ -5,12 +5,16 @@ Knows nothing of what the parts are, or of where their bytes go.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from server.errors import InvalidRequestError
+
+_ENCODED = re.compile(rb";\s*filename\*=([^;\s]*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +89,20 @@ class FormReader:
         filename = options.get(b"filename")
         if b"name" not in options:
             raise _malformed("a part has no name")
-        self._found.append(Part(_text(options[b"name"]), None if filename is None else _text(filename)))
+        sent_as = _encoded_filename(self._disposition) if filename is None else _text(filename)
+        self._found.append(Part(_text(options[b"name"]), sent_as))
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         self._found.append(data[start:end])
 
     def _end(self) -> None:
         self._complete = True
+
+
+def _encoded_filename(disposition: bytes) -> str | None:
+    """The parameter `filename*` (RFC 5987), which the form's parser passes over."""
+    found = _ENCODED.search(disposition)
+    return None if found is None else unquote(_text(found[1].rpartition(b"'")[2]))
 
 
 def _text(value: bytes) -> str:

@@ -186,6 +186,14 @@ def test_what_a_form_carries_comes_out_byte_for_byte(client, world):
         assert world.registry.parts == [(CONFIG, data.replace(b"--line", b"--lime"))]
 
 
+@pytest.mark.parametrize("name", ["UTF-8''l%C3%A9gal.zip", "nonsense", "no-such''a.zip"])
+def test_a_file_whose_name_is_encoded_is_a_file(client, world, name):
+    head = f"--line\r\nContent-Disposition: form-data; name=file; filename*={name}\r\n\r\n"
+    body = PART + head.encode() + b"x" * 5000 + b"\r\n--line--\r\n"
+    response = client("POST", "/v1/adapters", content=body, headers=FORM)
+    assert response.status_code == 201
+
+
 def test_a_refused_archive_is_told_the_line_that_sends_one(client, world):
     world.registry.refused = AdapterError("invalid_archive", "this is no archive")
     line = "curl -T adapter.zip http://127.0.0.1:8000/v1/adapters/tax"
