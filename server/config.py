@@ -120,7 +120,8 @@ class Settings(BaseModel):
     )
     threads: Positive | None = Field(
         None,
-        description="CPU threads for the model; if not given all cores, or 1 for a base under 50 M parameters",
+        description="CPU threads for the model; if not given all cores that a container may use, or 1 for a base under "
+        "50 M parameters",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
     enable_log_requests: bool = Field(

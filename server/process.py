@@ -19,14 +19,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TextIO
 
 import uvicorn
 
+from adapters.lock import StoreLockedError
 from server.api.app import create_app
 from server.api.asgi import LAST_WORDS_SECONDS, OpenRequests
 from server.api.auth import is_loopback
 from server.api.connection import BoundedProtocol
-from server.config import Settings
+from server.config import Settings, SettingsError
 from server.serving import Serving
 from server.version import VERSION
 
@@ -109,6 +111,7 @@ class Life:
         self.loop_factory = config.get_loop_factory()
         self._drains: asyncio.Task[None] | None = None  # set by the first signal
         self._ends: asyncio.Task[None] | None = None  # by the second
+        self._failure = (FAILED, "")  # of a load: the exit code, and what to say
         self._exit_code = 0
 
     async def live(self, listener: socket.socket) -> int:
@@ -141,6 +144,7 @@ class Life:
             foreseen = _ours(error) or isinstance(error, OSError)  # its own line says what to do
             logger.log(logging.DEBUG if foreseen else logging.ERROR, "loading failed", exc_info=error)
             serving.detail = _reason(error)
+            self._failure = _failure(error)
             serving.phase = "failed"
 
     async def _watch(self, began: float) -> None:
@@ -152,11 +156,12 @@ class Life:
                 logger.info("loading detail=%r progress=%.0f%%", shown, serving.progress * 100)
             await asyncio.sleep(TICK)
         if serving.phase == "failed":
-            self._leave(FAILED, f"the model could not be loaded: {serving.detail}")
+            code, what = self._failure
+            self._leave(code, f"{what}{serving.detail}")
             return
         if serving.served is not None:  # also when a signal came in the tick in which it became ready
             seconds = time.perf_counter() - began
-            print("\n".join([*serving.plan, f"ready in {seconds:.1f} s at {self._url}/v1"]), flush=True)
+            _say("\n".join([*serving.plan, f"ready in {seconds:.1f} s at {self._url}/v1"]))
         while serving.phase == "ready" and not serving.dead:
             await asyncio.sleep(TICK)
         if serving.dead:
@@ -168,22 +173,22 @@ class Life:
         await self._requests.end()
 
     def _leave(self, code: int, reason: str) -> None:
-        print(f"loraplex serve: {reason}", file=sys.stderr, flush=True)
         self._exit_code = code
         self._server.should_exit = True
+        _say(f"loraplex serve: {reason}", sys.stderr)
 
     def _on_signal(self, number: int) -> None:
         """The first signal drains, the second ends at once, with a word on every stream, a third without."""
         if self._ends is not None:
             os._exit(128 + number)
         if self._drains is not None:
-            print("stopped at once by a second signal", file=sys.stderr, flush=True)
             self._ends = asyncio.get_running_loop().create_task(self._end(128 + number))
+            _say("stopped at once by a second signal", sys.stderr)
             return
         self._serving.phase = "draining"
-        print(f"finishing running requests for up to {self._settings.shutdown_timeout:g} s", flush=True)
         self._server.should_exit = True
         self._drains = asyncio.get_running_loop().create_task(self._drain())
+        _say(f"finishing running requests for up to {self._settings.shutdown_timeout:g} s")
 
     async def _drain(self) -> None:
         """Let requests end; when the time is over, whatever is still open ends with an error that clients see."""
@@ -208,10 +213,12 @@ class Life:
         """End what the load has started; nobody is being served any more."""
         if self._drains is not None:
             await self._drains
-            print("stopped", flush=True)
+            _say("stopped")
         if (served := self._serving.served) is not None:
             await asyncio.to_thread(served.engine.stop, STOP_SECONDS)
             await asyncio.to_thread(served.loader.close)
+            if served.copier is not None:
+                await asyncio.to_thread(served.copier.close)
             served.registry.store.close()
 
 
@@ -222,6 +229,19 @@ def _startup_load(settings: Settings, serving: Serving) -> None:
     from server.startup import load  # imports torch: on the loading thread, while /health already answers
 
     load(settings, serving)
+
+
+def _say(text: str, to: TextIO | None = None) -> None:
+    """Write to the terminal. Where nobody reads any more, or the disk is full, the process goes on without."""
+    stream = to or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(
+            nowhere, stream.fileno()
+        )  # else the same error at the interpreter's end would be the exit code
+        os.close(nowhere)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -259,7 +279,7 @@ def print_banner(settings: Settings, url: str) -> None:
         lines.append(
             "warning     anyone who reaches this address may use the model; --api-key asks for a key"
         )
-    print("\n".join(lines), flush=True)
+    _say("\n".join(lines))
 
 
 def _who_may(settings: Settings) -> str:
@@ -277,6 +297,13 @@ def _reason(error: Exception) -> str:
     """An exception in one line."""
     text = " ".join(str(error).split()) or "no message"
     return text if _ours(error) else f"{type(error).__name__}: {text}"
+
+
+def _failure(error: Exception) -> tuple[int, str]:
+    """With which exit code a load that failed ends the process, and after which words."""
+    if isinstance(error, SettingsError):
+        return USAGE, ""  # it will fail again, however often it is started
+    return FAILED, "" if isinstance(error, StoreLockedError) else "the model could not be loaded: "
 
 
 def _ours(error: Exception) -> bool:

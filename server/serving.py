@@ -18,6 +18,7 @@ from server.errors import EngineDeadError, NotReadyError
 if TYPE_CHECKING:
     from adapters.loader import Loader
     from adapters.registry import Registry
+    from adapters.side_stream import SideStream
     from server.api.auth import Guard
     from server.config import Settings
     from server.engine.engine import Engine
@@ -54,6 +55,7 @@ class Served:
     engine: Engine
     registry: Registry
     loader: Loader
+    copier: SideStream | None = None  # to a GPU
     seeds: random.Random = field(default_factory=random.SystemRandom)  # for requests that bring none
 
 

@@ -168,8 +168,10 @@ def assemble(
         on_stale=forget,
     )
     loader = Loader(registry.read, plan.host_nbytes, lambda: engine.wake())
+    copier = None
     if servable.device.type == "cuda":
-        pool.copy = SideStream(pool.sites, lambda: engine.wake()).copy
+        copier = SideStream(pool.sites, lambda: engine.wake())
+        pool.copy = copier.copy
     residency = Residency(loader, pool)
     limits = Limits(
         settings.max_num_seqs, settings.max_num_batched_tokens, settings.prefill_chunk, settings.block_size
@@ -192,6 +194,7 @@ def assemble(
         engine=engine,
         registry=registry,
         loader=loader,
+        copier=copier,
         seeds=random.SystemRandom() if settings.seed is None else random.Random(settings.seed),
     )
 

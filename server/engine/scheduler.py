@@ -136,9 +136,8 @@ class Limits:
 
 @dataclass(slots=True)
 class _Coming:
-    """What running sequences compute next, and what is kept for those that wait for it."""
+    """The blocks that running sequences compute next, by generation, and what is kept for those that wait for them."""
 
-    # of blocks, by generation
     hashes: defaultdict[str | None, set[bytes]] = field(default_factory=lambda: defaultdict(set))
     seats: int = 0
     blocks: int = 0

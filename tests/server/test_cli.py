@@ -27,13 +27,15 @@ CERTIFICATE = str(Path(__file__).parent / "localhost.pem")
 LIFE = """
 import gc, sys, time
 from pathlib import Path
-from server.config import Settings
+from server.config import Settings, SettingsError
 from server.process import run
 from tests.server import fakes
 
 def load(settings, serving):
     if settings.base_name == "broken":
         raise OSError("no such\\nfolder")
+    if settings.base_name == "missettled":
+        raise SettingsError("--chat-template x: cannot be read")
     if settings.base_name == "mistaken":
         raise TypeError("not subscriptable")
     serving.detail, serving.progress = "reading weights", 0.5
@@ -411,6 +413,22 @@ def test_a_model_that_cannot_be_loaded(start):
     assert process.returncode == 1
     assert errors.splitlines()[-1] == "loraplex serve: the model could not be loaded: OSError: no such folder"
     assert "Traceback" not in errors
+
+
+def test_a_wrong_setting_that_loading_finds(start):
+    process = start(name="missettled")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.splitlines()[-1] == "loraplex serve: --chat-template x: cannot be read"
+
+
+def test_a_server_whose_output_nobody_reads_any_more_stops_when_told(start, port):
+    process = start()
+    until(port, "/ready", 200)
+    process.stdout.close()
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=20)
+    assert process.returncode == 0
 
 
 def test_a_mistake_of_ours_while_loading_has_a_traceback(start):
