@@ -123,7 +123,7 @@ class Engine:
         self._threads = threads
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._streams = Streams()
-        self._inputs = Inputs(runner, scheduler)
+        self.inputs = Inputs(runner, scheduler)
         self._untold: list[Iterable[Event]] = []
         self._counts = StepCounts()  # written by the engine's thread alone
         self._thread = threading.Thread(target=self._loop, name="loraplex-engine", daemon=True)
@@ -137,18 +137,22 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
+    def send(self, command: Command) -> None:
+        """Put a command into the inbox, the only way in; from any thread."""
+        self._inbox.put(command)
+
     def stop(self, timeout: float = 10.0) -> None:
         """End every sequence with an error and wait for the loop to leave."""
-        self._inbox.put(Stop())
+        self.send(Stop())
         self._thread.join(timeout)
 
     def wake(self) -> None:
         """Look at the waiting sequences again; called by loader threads."""
-        self._inbox.put(Wake())
+        self.send(Wake())
 
     def forget(self, generation: str) -> None:
         """Nobody holds this generation any more; its pages go when no running sequence reads them."""
-        self._inbox.put(Forget(generation))
+        self.send(Forget(generation))
 
     async def stream(self, submit: Submit) -> AsyncGenerator[PromptLogprobs | Token | Finished, None]:
         """The sequence's tokens, then one `Finished`. Closing the iterator early aborts the sequence.
@@ -166,7 +170,7 @@ class Engine:
         try:
             if self._stopped:  # looked at only now: a loop that stops later tells every open stream
                 raise EngineDeadError("the engine has stopped; the server has to be started again")
-            self._inbox.put(submit)
+            self.send(submit)
             while not isinstance(event, Finished):
                 event = await events.get()
                 if isinstance(event, Failed):
@@ -175,7 +179,7 @@ class Engine:
         finally:
             if not isinstance(event, Finished | Failed):
                 self._streams.close(submit.request_id)
-                self._inbox.put(Abort(submit.request_id))
+                self.send(Abort(submit.request_id))
 
     def _refuse_unrunnable(self, submit: Submit) -> None:
         if not submit.prompt:
@@ -225,9 +229,9 @@ class Engine:
             compute_on(self._threads)
         try:
             idle = True
-            while self._take_commands(wait=idle):
+            while self.take_commands(wait=idle):
                 before = self._counts.steps
-                self._step()
+                self.step()
                 idle = self._counts.steps == before  # only a command can change that now
         except BaseException:
             logger.exception("the engine stopped on an error it could not contain")
@@ -240,12 +244,12 @@ class Engine:
             error = EngineDeadError("the engine has stopped")
             self._streams.deliver([Failed(request_id, error) for request_id in self._streams.ids()])
 
-    def _step(self) -> None:
+    def step(self) -> None:
         """Schedule, run, sample. The step before is told of while this one runs, or first where it cannot run yet."""
         started = time.perf_counter()
         batch = in_row_order(self.scheduler.schedule())
         self._untold.append(self._rejected())
-        if not self._inputs.only_launches(batch):
+        if not self.inputs.only_launches(batch):
             self._tell()
         if batch:
             before = self._counts.prefill_tokens
@@ -257,7 +261,7 @@ class Engine:
         untold, self._untold = self._untold, []
         self._streams.deliver(list(chain.from_iterable(untold)))
 
-    def _take_commands(self, *, wait: bool) -> bool:
+    def take_commands(self, *, wait: bool) -> bool:
         """Carry out everything in the inbox, after waiting for something if asked. False when told to stop."""
         commands = [self._inbox.get()] if wait else []
         while not self._inbox.empty():
@@ -279,11 +283,11 @@ class Engine:
     def _run(self, batch: list[Scheduled]) -> None:
         """One forward pass. If it raises, each half runs again alone, down to the sequence at fault."""
         try:
-            inputs = self._inputs.of(batch)
+            inputs = self.inputs.of(batch)
             logits = self.runner.forward(inputs)
             drawing = [item.sequence for item in batch if item.samples]
             drawn = draw(logits, drawing, _known(batch))
-            self._inputs.foresee(batch, inputs)
+            self.inputs.foresee(batch, inputs)
             self._tell()
             token_ids = drawn.token_ids()
         except torch.AcceleratorError:

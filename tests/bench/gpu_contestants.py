@@ -32,10 +32,10 @@ def decode_seconds(
     found = []
     for _ in range(1 + warm_up + steps):
         began = time.perf_counter()
-        serving._step()
+        serving.step()
         found.append(time.perf_counter() - began)
     assert len(serving.scheduler.running) == len(adapters), "logits are not numbers"
-    assert serving._inputs.foreseen == warm_up + steps, "a step was not written while the one before ran"
+    assert serving.inputs.foreseen == warm_up + steps, "a step was not written while the one before ran"
     return statistics.median(found[1 + warm_up :])
 
 

@@ -17,12 +17,12 @@ def kernel_seconds(engine: Engine, adapters: Sequence[int | None], context: int)
     """Seconds of a step by kernel, the longest first; launches of a kernel are added up."""
     serving = engine.serving(adapters, max(2, context - _WARM_UP))
     for _ in range(_WARM_UP):
-        serving._step()
+        serving.step()
     synchronize(engine.servable.device)
     cuda = engine.servable.device.type == "cuda"  # elsewhere nothing is found, by the same code
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as trace:
         for _ in range(_STEPS):
-            serving._step()
+            serving.step()
         synchronize(engine.servable.device)
     found: Counter[str] = Counter()
     for event in trace.key_averages():  # long names may begin alike

@@ -28,13 +28,13 @@ class Stepped(Parts):
         for command in commands:
             if not isinstance(command, Abort | Forget):
                 self.asked[command.request_id] = command
-            self.engine._inbox.put(command)
+            self.engine.send(command)
 
     def step(self):
         """How many of the step's rows were made beforehand: all or none."""
-        self.engine._take_commands(wait=False)
+        self.engine.take_commands(wait=False)
         before = self.runner.prepared
-        self.engine._step()
+        self.engine.step()
         self.scheduler.check()
         self.pool.check()
         for sequence in self.scheduler.running:
@@ -66,7 +66,7 @@ def test_a_steady_decode_is_made_beforehand_from_its_first_step_on():
     bench = Stepped(blocks=64, tokens=64)
     bench.send(*three())
     assert [bench.step() for _ in range(20)] == [0] + [1] * 19
-    assert bench.engine._inputs.foreseen == 19
+    assert bench.engine.inputs.foreseen == 19
     bench.assert_texts()
 
 
