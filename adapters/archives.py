@@ -31,7 +31,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ArchiveEntry:
     """One entry of an archive; `open` is good until the next one is asked for."""
 
     name: str
@@ -77,7 +77,7 @@ class Metered:
         return chunk
 
 
-def zip_entries(file: IO[bytes], budget: Budget) -> Iterator[Entry]:
+def zip_entries(file: IO[bytes], budget: Budget) -> Iterator[ArchiveEntry]:
     """The entries of a zip, stored or deflated."""
     _check_directory(file)
     with zipfile.ZipFile(file) as archive:
@@ -87,10 +87,10 @@ def zip_entries(file: IO[bytes], budget: Budget) -> Iterator[Entry]:
                 kind: Literal["file", "folder", "other"] = "folder"
             else:
                 kind = "file" if form in (0, stat.S_IFREG) else "other"
-            yield Entry(info.filename, kind, _zip_opener(archive, info, budget))
+            yield ArchiveEntry(info.filename, kind, _zip_opener(archive, info, budget))
 
 
-def tar_entries(source: Reader, budget: Budget) -> Iterator[Entry]:
+def tar_entries(source: Reader, budget: Budget) -> Iterator[ArchiveEntry]:
     """The entries of a tar, read once from front to end, and past it: so a gzip's checksum is seen."""
     stream = Metered(source, budget)
     stream.horizon = HEADERS
@@ -101,7 +101,7 @@ def tar_entries(source: Reader, budget: Budget) -> Iterator[Entry]:
             kind: Literal["file", "folder", "other"] = (
                 "file" if plain else "folder" if info.isdir() else "other"
             )
-            yield Entry(info.name, kind, _tar_opener(archive, info))
+            yield ArchiveEntry(info.name, kind, _tar_opener(archive, info))
     stream.horizon = None
     while stream.read(CHUNK):
         pass

@@ -12,7 +12,7 @@ from adapters.adapter import Layout
 from adapters.errors import Finding
 from adapters.findings import SHOWN, Findings
 from adapters.peft_config import CONFIG_FILE, PeftConfig, Trained
-from adapters.peft_keys import Key, Names, Part, parse_key
+from adapters.peft_keys import BaseModules, Key, Part, parse_key
 from adapters.tensor_file import DTYPES, Header
 
 TENSOR_FILE = "adapter_model.safetensors"
@@ -55,7 +55,7 @@ def place(
     headers: Iterable[Header], config: PeftConfig | None, layout: Layout, max_rank: int, findings: Findings
 ) -> list[Placed]:
     """The sound pairs in the layout's order; whatever else there is becomes a finding."""
-    names = Names(layout.modules)
+    names = BaseModules(layout.modules)
     pairs = _pair(headers, layout, names, findings)
     found = _find(pairs, config, layout, names, findings)
     sound = [
@@ -66,7 +66,7 @@ def place(
     return sorted(sound, key=lambda item: (item.site, item.member))
 
 
-def _pair(headers: Iterable[Header], layout: Layout, names: Names, findings: Findings) -> list[Pair]:
+def _pair(headers: Iterable[Header], layout: Layout, names: BaseModules, findings: Findings) -> list[Pair]:
     """Factors by module; all else is refused, but for copies of the base's own matrices."""
     factors: dict[str, dict[Part, Header]] = {}
     for header in headers:
@@ -97,7 +97,7 @@ def _pair(headers: Iterable[Header], layout: Layout, names: Names, findings: Fin
     return pairs
 
 
-def _check_other(header: Header, key: Key, layout: Layout, names: Names, findings: Findings) -> None:
+def _check_other(header: Header, key: Key, layout: Layout, names: BaseModules, findings: Findings) -> None:
     if key.part == "base copy" and (own := names.find(key.module)) is not None:
         site, member = layout.modules[own]
         if header.shape == (layout.sites[site].members[member].out_features, layout.sites[site].in_features):
@@ -112,7 +112,7 @@ def _check_other(header: Header, key: Key, layout: Layout, names: Names, finding
 
 
 def _find(
-    pairs: list[Pair], config: PeftConfig | None, layout: Layout, names: Names, findings: Findings
+    pairs: list[Pair], config: PeftConfig | None, layout: Layout, names: BaseModules, findings: Findings
 ) -> list[Placed]:
     """Find each pair's module in the base, and its scale."""
     ours = (pair.module for pair in pairs if names.find(pair.module) is not None)
@@ -137,7 +137,7 @@ def _find(
     return list(placed.values())
 
 
-def _report_strangers(strangers: list[Pair], names: Names, findings: Findings) -> None:
+def _report_strangers(strangers: list[Pair], names: BaseModules, findings: Findings) -> None:
     for order, pair in enumerate(strangers):
         near = names.near(pair.module) if order < SHOWN else None
         cure = f"this base has {near}" if near else f"this base adapts {names.shown()}"

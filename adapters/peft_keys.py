@@ -79,7 +79,7 @@ def parse_key(name: str) -> Key:
     return Key(plain, "unknown")
 
 
-class Names:
+class BaseModules:
     """A base's adaptable modules, found by the names that other bases of the same text model give them."""
 
     def __init__(self, modules: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from adapters.archives import CHUNK, Budget, Entry, tar_entries, zip_entries
+from adapters.archives import CHUNK, ArchiveEntry, Budget, tar_entries, zip_entries
 from adapters.errors import AdapterError
 from adapters.files import FileOps
 from adapters.magic import CONVERTER, looks_like_pickle, looks_like_safetensors
@@ -60,7 +60,7 @@ def gather(parts: Iterable[tuple[str, Path]], into: Path, files: FileOps | None 
         def opener(path: Path) -> Callable[[], IO[bytes]]:
             return lambda: opened.enter_context(path.open("rb"))
 
-        entries = (Entry(name, "file", opener(path)) for name, path in parts)
+        entries = (ArchiveEntry(name, "file", opener(path)) for name, path in parts)
         _take(entries, into, files or FileOps(), "the form")
 
 
@@ -84,7 +84,7 @@ def folder_files(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in FILES)
 
 
-def _take(entries: Iterable[Entry], into: Path, files: FileOps, whole: str) -> None:
+def _take(entries: Iterable[ArchiveEntry], into: Path, files: FileOps, whole: str) -> None:
     """Check every entry, and write the two that are wanted; `whole` is what they are entries of."""
     taken: dict[str, PurePosixPath] = {}
     present: list[str] = []
@@ -110,13 +110,13 @@ def _take(entries: Iterable[Entry], into: Path, files: FileOps, whole: str) -> N
         raise _invalid(f"the two files are in different folders, {_shown(config)} and {_shown(tensors)}")
 
 
-def _chunks(entry: Entry) -> Iterator[bytes]:
+def _chunks(entry: ArchiveEntry) -> Iterator[bytes]:
     reader = entry.open()
     while chunk := reader.read(CHUNK):
         yield chunk
 
 
-def _safe_path(entry: Entry) -> PurePosixPath:
+def _safe_path(entry: ArchiveEntry) -> PurePosixPath:
     """An entry's path, once it cannot lead out of the archive."""
     path = PurePosixPath(entry.name)
     if entry.kind == "other":

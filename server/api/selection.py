@@ -30,7 +30,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Choice:
+class NamedAdapter:
     """An adapter's name and the request's field that named it."""
 
     adapter: str
@@ -46,7 +46,7 @@ def select(served: Served, base_names: Set[str], model: str | None, adapter: str
                 f"model names the adapter {chosen.adapter!r} and adapter names {adapter!r}; name one",
                 param="adapter",
             )
-        chosen = Choice(adapter, "adapter")
+        chosen = NamedAdapter(adapter, "adapter")
     if chosen is None:
         return Target(served.name, None, None, _nothing)
     try:
@@ -56,15 +56,15 @@ def select(served: Served, base_names: Set[str], model: str | None, adapter: str
     return Target(chosen.adapter, chosen.adapter, reference.generation, reference.release)
 
 
-def _named_by_model(served: Served, base_names: Set[str], model: str | None) -> Choice | None:
+def _named_by_model(served: Served, base_names: Set[str], model: str | None) -> NamedAdapter | None:
     """The adapter that `model` names, if it is not the base: `legal` or `base:legal`."""
     if model is None or model in base_names:
         return None
     base, colon, adapter = model.rpartition(":")
     if colon and base in base_names and adapter:
-        return Choice(adapter, "model")
+        return NamedAdapter(adapter, "model")
     if model in served.registry:
-        return Choice(model, "model")
+        return NamedAdapter(model, "model")
     raise ModelNotFoundError(
         f"no model {model!r}; GET /v1/models lists the base and its adapters", param="model"
     )

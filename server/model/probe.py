@@ -24,7 +24,7 @@ _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
+class Probed:
     """The sites where a base can be adapted, and what each layer's attention needs."""
 
     layout: Layout
@@ -50,7 +50,7 @@ def refuse_unserved_config(model: PreTrainedModel) -> None:
         )
 
 
-def probe(model: PreTrainedModel) -> Findings:
+def probe(model: PreTrainedModel) -> Probed:
     """Run three tokens through the model; raises `UnsupportedModelError` naming the architecture and the reason."""
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
@@ -80,7 +80,7 @@ def probe(model: PreTrainedModel) -> Findings:
         raise UnsupportedModelError(
             f"{name} cannot be served: it has no nn.Linear that an adapter could change"
         )
-    return Findings(_layout(calls), tuple(layers[index] for index in sorted(layers)))
+    return Probed(_layout(calls), tuple(layers[index] for index in sorted(layers)))
 
 
 @dataclass(frozen=True, slots=True)

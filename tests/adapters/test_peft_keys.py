@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adapters.peft_keys import Key, Names, parse_key
+from adapters.peft_keys import BaseModules, Key, parse_key
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -62,19 +62,19 @@ def test_other_formats_are_told_apart():
 @pytest.mark.parametrize("home", ["model.", "model.language_model.", "language_model.model.", ""])
 @pytest.mark.parametrize("written", ["model.", "model.language_model.", "language_model.model.", ""])
 def test_the_text_model_is_found_wherever_it_sits(home, written):
-    names = Names([f"{home}layers.0.self_attn.q_proj"])
+    names = BaseModules([f"{home}layers.0.self_attn.q_proj"])
     assert names.find(f"{written}layers.0.self_attn.q_proj") == f"{home}layers.0.self_attn.q_proj"
     assert names.find("model.vision_tower.layers.0.self_attn.q_proj") is None
 
 
 def test_of_two_homes_neither_is_guessed():
-    names = Names(["model.layers.0.q_proj", "language_model.layers.0.q_proj"])
+    names = BaseModules(["model.layers.0.q_proj", "language_model.layers.0.q_proj"])
     assert names.find("layers.0.q_proj") is None
     assert names.find("model.layers.0.q_proj") == "model.layers.0.q_proj"
 
 
 def test_near_names_a_sibling():
-    names = Names(["model.layers.0.self_attn.qkv_proj", "model.layers.0.mlp.gate_up_proj"])
+    names = BaseModules(["model.layers.0.self_attn.qkv_proj", "model.layers.0.mlp.gate_up_proj"])
     assert names.near(Q) == "model.layers.0.self_attn.qkv_proj"
     assert names.near("model.layers.0.mlp.up_proj") == "model.layers.0.mlp.gate_up_proj"
     assert names.near("model.layers.7.mlp.up_proj") is None
@@ -82,4 +82,4 @@ def test_near_names_a_sibling():
 
 def test_a_bare_base_model_prefix_is_found_too():
     key = parse_key(f"base_model.{Q}.lora_A.weight")
-    assert Names([Q]).find(key.module) == Q
+    assert BaseModules([Q]).find(key.module) == Q

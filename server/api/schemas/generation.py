@@ -170,7 +170,7 @@ class GenerationRequest(BaseModel):
 
 
 TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
-Prompt = Annotated[
+PromptField = Annotated[
     str
     | TokenIds
     | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
@@ -186,7 +186,7 @@ Prompt = Annotated[
 class CompletionRequest(GenerationRequest):
     """A prompt to go on from, or several: as text or as token ids."""
 
-    prompt: Prompt
+    prompt: PromptField
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = False
