@@ -140,7 +140,7 @@ def _without(missing: list[str], present: list[str]) -> str:
     names = [PurePosixPath(name).name for name in present]
     said = f"no {' and no '.join(missing)}, but {', '.join(map(repr, present[:5])) or 'nothing'}"
     said += f" and {len(present) - 5} more" if len(present) > 5 else ""
-    if "adapter_model.safetensors" not in missing:
+    if FILES[1] not in missing:
         return said
     if (
         any(name.startswith("adapter_model") and name.endswith(PICKLES) for name in names)

@@ -103,7 +103,7 @@ class AdaptersClient:
             error = body.get("error")
             if response.is_success and error is None:
                 return dict(body)
-            findings = tuple(_finding(detail) for detail in error.get("details", ()))
+            findings = tuple(finding_line(detail) for detail in error.get("details", ()))
             raise ClientError(str(error["message"]), findings)
         except (ValueError, AttributeError, KeyError, TypeError):
             kind = response.headers.get("content-type", "no type")
@@ -121,6 +121,7 @@ def _condition(if_match: str | None) -> dict[str, str]:
     return {} if if_match is None else {"if-match": f'"{if_match}"'}
 
 
-def _finding(detail: Json) -> str:
+def finding_line(detail: Json) -> str:
+    """What is wrong with an adapter, and the cure, as a person reads it."""
     cure = f"; {detail['cure']}" if detail.get("cure") else ""
     return f"{detail['where']}: {detail['problem']}{cure}"

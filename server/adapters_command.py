@@ -139,6 +139,8 @@ def _list(client: AdaptersClient, as_json: bool) -> None:
 
 
 def _show(client: AdaptersClient, name: str, as_json: bool) -> None:
+    from server.adapters_client import finding_line  # imports httpx
+
     adapter = client.get(name)
     if as_json:
         _print_json(adapter)
@@ -160,8 +162,7 @@ def _show(client: AdaptersClient, name: str, as_json: bool) -> None:
     for key, value in lines.items():
         print(f"{key:<11} {value}")
     for finding in adapter["findings"]:
-        cure = f"; {finding['cure']}" if finding["cure"] else ""
-        print(f"{'finding':<11} {finding['where']}: {finding['problem']}{cure}")
+        print(f"{'finding':<11} {finding_line(finding)}")
 
 
 def _versions(client: AdaptersClient, name: str, as_json: bool) -> None:

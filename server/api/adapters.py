@@ -114,10 +114,7 @@ async def post_adapter(request: Request, edge: EdgeOf) -> Response:
 def list_adapters(edge: EdgeOf) -> AdapterList:
     """Every adapter, those included that this base cannot serve."""
     entries = edge.serving.ready().registry.entries()
-    return {
-        "object": "list",
-        "data": [_shown(entry) for entry in sorted(entries, key=lambda entry: entry.name)],
-    }
+    return {"object": "list", "data": [_shown(entry) for entry in entries]}
 
 
 @router.get("/{name}", responses={200: {"model": Adapter}})

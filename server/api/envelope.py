@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -45,10 +46,7 @@ def envelope(error: LoraplexError) -> dict[str, Any]:
     """The error's body, also sent as an event when a stream has begun."""
     body = _body(error.message, error.type, error.param, error.code)
     if error.details:
-        body["error"]["details"] = [
-            {"where": finding.where, "problem": finding.problem, "cure": finding.cure}
-            for finding in error.details
-        ]
+        body["error"]["details"] = [asdict(finding) for finding in error.details]
     return body
 
 

@@ -82,7 +82,7 @@ def _models(edge: Edge) -> list[Model]:
         for name in edge.settings.served_model_name or (served.name,)
     ]
     ready = [entry for entry in served.registry.entries() if entry.state == "ready"]
-    return [*bases, *(_adapter(entry, served) for entry in sorted(ready, key=lambda entry: entry.name))]
+    return [*bases, *(_adapter(entry, served) for entry in ready)]
 
 
 def _adapter(entry: Entry, served: Served) -> Model:
