@@ -9,6 +9,7 @@ import logging
 import random
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -145,28 +146,11 @@ def assemble(
         device=servable.device,
     )
 
-    def fits(adapter: Adapter) -> None:
-        pool.fits(adapter)
-        if adapter.nbytes > plan.host_nbytes:
-            raise AdapterError(
-                "adapter_too_large",
-                f"the adapter's {adapter.nbytes} bytes are more than the host memory kept for all adapters "
-                f"({plan.host_nbytes} bytes); raise --adapter-host-memory-bytes or --max-cpu-loras",
-            )
-
     def forget(generation: str) -> None:
         loader.forget(generation)
         engine.forget(generation)
 
-    keep = mapped if servable.device.type == "cpu" else copied  # the CPU's pool is host memory already
-    registry = Registry(
-        store,
-        Appraiser(servable.layout, plan.adapter_dtype, settings.max_lora_rank, fits, keep),
-        max_bytes=settings.max_upload_bytes,
-        keep_versions=settings.keep_versions,
-        quota=settings.adapter_store_bytes,
-        on_stale=forget,
-    )
+    registry = make_registry(settings, servable, plan, pool, store, forget)
     loader = Loader(registry.read, plan.host_nbytes, lambda: engine.wake())
     copier = None
     if servable.device.type == "cuda":
@@ -196,6 +180,36 @@ def assemble(
         loader=loader,
         copier=copier,
         seeds=random.SystemRandom() if settings.seed is None else random.Random(settings.seed),
+    )
+
+
+def make_registry(
+    settings: Settings,
+    servable: ServableModel,
+    plan: MemoryPlan,
+    pool: Pool,
+    store: Store,
+    on_stale: Callable[[str], None],
+) -> Registry:
+    """The names of the store, and what an adapter must be to have one."""
+
+    def fits(adapter: Adapter) -> None:
+        pool.fits(adapter)
+        if adapter.nbytes > plan.host_nbytes:
+            raise AdapterError(
+                "adapter_too_large",
+                f"the adapter's {adapter.nbytes} bytes are more than the host memory kept for all adapters "
+                f"({plan.host_nbytes} bytes); raise --adapter-host-memory-bytes or --max-cpu-loras",
+            )
+
+    keep = mapped if servable.device.type == "cpu" else copied  # the CPU's pool is host memory already
+    return Registry(
+        store,
+        Appraiser(servable.layout, plan.adapter_dtype, settings.max_lora_rank, fits, keep),
+        max_bytes=settings.max_upload_bytes,
+        keep_versions=settings.keep_versions,
+        quota=settings.adapter_store_bytes,
+        on_stale=on_stale,
     )
 
 
