@@ -168,8 +168,10 @@ class Life:
             await self._leave_without_engine()
 
     async def _leave_without_engine(self) -> None:
+        """Said once, whoever of those that watch and drain sees it first."""
         await asyncio.sleep(TICK)  # lets the open streams say why they end
-        self._leave(FAILED, "the engine has stopped on an error; its log line has the reason")
+        if self._exit_code != FAILED:
+            self._leave(FAILED, "the engine has stopped on an error; its log line has the reason")
         await self._requests.end()
 
     def _leave(self, code: int, reason: str) -> None:

@@ -63,9 +63,10 @@ class OpenRequests:
 
     async def end(self) -> None:
         """Cut them all short, each with an error its client sees; wait for the words to be written."""
-        self.ended = True
-        for task in self.tasks:
-            task.cancel()
+        if not self.ended:  # a second time it would be the words that are cut short
+            self.ended = True
+            for task in self.tasks:
+                task.cancel()
         if self.tasks:
             await asyncio.wait(set(self.tasks), timeout=LAST_WORDS_SECONDS)
 

@@ -5,20 +5,24 @@ uvicorn's parser keeps what it reads of a head, and of the trailers behind a bod
 
 from __future__ import annotations
 
+import asyncio
+
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.api.envelope import error_response
 from server.errors import HeadersTooLargeError
 
-MAX_HEAD_BYTES = (
-    64 * 1024
-)  # the first line, headers and blank line; uvicorn's own bound, with its other parser
+MAX_HEAD_BYTES = 64 * 1024  # first line, headers and blank line: uvicorn's own bound, with its other parser
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """Counts bytes of which nothing has come yet: no complete head, no part of a body."""
 
     _nbytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_more()
 
     def data_received(self, data: bytes) -> None:
         """In parts, so that the bound holds whatever comes at once."""
@@ -29,6 +33,7 @@ class BoundedProtocol(HttpToolsProtocol):
             super().data_received(part)
             if self._nbytes >= MAX_HEAD_BYTES:
                 self._refuse()
+        self._wait_for_more()
 
     def on_headers_complete(self) -> None:
         self._nbytes = 0
@@ -41,6 +46,14 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._nbytes = 0
         super().on_message_complete()
+
+    def _wait_for_more(self) -> None:
+        """Only so long; uvicorn does that behind an answer, but not for a first request, or the rest of a head."""
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _refuse(self) -> None:
         """Answer, unless another answer has begun, and close."""

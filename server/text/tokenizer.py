@@ -34,14 +34,13 @@ class Tokenizer:
     """A tokenizer that several threads may use: it is never set to truncate or pad."""
 
     def __init__(self, backend: PreTrainedTokenizerBase) -> None:
+        vocabulary = backend.get_vocab()
         self._backend = backend
-        self.vocab_size = len(backend)
+        self.vocab_size = 1 + max(vocabulary.values())  # there may be fewer tokens: ids may have gaps
         self.special_ids = frozenset(
             id for id, token in backend.added_tokens_decoder.items() if token.special
         )
-        self.byte_ids = frozenset(
-            id for token, id in backend.get_vocab().items() if _BYTE_TOKEN.fullmatch(token)
-        )
+        self.byte_ids = frozenset(id for token, id in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
         self._added: dict[int, str] = {
             id: token.content for id, token in backend.added_tokens_decoder.items()
         }

@@ -30,7 +30,7 @@ class Live:
 
 
 @contextmanager
-def listening(app) -> Iterator[Live]:
+def listening(app, keep_alive: int = 5) -> Iterator[Live]:
     headers, loop = [], asyncio.new_event_loop()
 
     async def seen(scope, receive, send):
@@ -39,7 +39,14 @@ def listening(app) -> Iterator[Live]:
 
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
-        uvicorn.Config(seen, log_config=None, access_log=False, lifespan="off", http=BoundedProtocol)
+        uvicorn.Config(
+            seen,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            http=BoundedProtocol,
+            timeout_keep_alive=keep_alive,
+        )
     )
     thread = threading.Thread(target=loop.run_until_complete, args=[server.serve(sockets=[listener])])
     thread.start()

@@ -87,3 +87,16 @@ def test_a_body_is_bounded_by_its_route_and_not_with_the_head(live):
         live, CHUNKED.replace(b"host: a", b"host: a\r\nconnection: close") + chunks + b"0\r\n\r\n"
     )
     assert json.loads(answer[answer.index(b"{") : answer.rindex(b"}") + 1])["count"] > MAX_HEAD_BYTES
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"GET / HTTP/1.1\r\nho", HEAD + b"\r\n", HEAD + b"\r\nG"],
+    ids=["fresh", "half", "after", "next"],
+)
+def test_a_connection_on_which_no_more_comes_is_closed(world, data):
+    app = create_app(world.settings, world.serving)
+    with listening(app, keep_alive=1) as live, connected(live) as connection:
+        connection.sendall(data)
+        while connection.recv(65536):
+            pass

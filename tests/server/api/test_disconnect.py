@@ -11,6 +11,7 @@ import pytest
 import uvicorn
 
 from server.api.app import create_app
+from server.api.asgi import OpenRequests
 
 SLOW = 0.02  # seconds per token
 
@@ -84,11 +85,11 @@ def test_an_upload_that_breaks_off_leaves_nothing(world, port):
     [("PUT /v1/adapters/tax", "zip"), ("POST /v1/completions", "json"), ("POST /tokenize", "json")],
 )
 def test_a_body_that_stops_arriving(world, port, monkeypatch, path, kind):
-    monkeypatch.setattr("server.api.asgi.BODY_SECONDS", 0.5)
+    monkeypatch.setattr("server.api.asgi.BODY_SECONDS", 1.0)
     head = f"{path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/{kind}\r\ncontent-length: 100\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(head.encode())
-        for _ in range(4):  # slow is not stopped
+        for _ in range(7):  # slow is not stopped
             connection.sendall(b"{")
             time.sleep(0.2)
         answer = b""
@@ -98,6 +99,30 @@ def test_a_body_that_stops_arriving(world, port, monkeypatch, path, kind):
     assert b'"code":"request_timeout"' in answer
     assert b"connection: close" in answer
     assert not list(world.registry.store.root.iterdir())
+
+
+def test_last_words_are_not_cut_short():
+    """By a second signal that comes while they are written."""
+
+    async def scene():
+        requests, said = OpenRequests(), []
+
+        async def answer():
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.2)
+                said.append("words")
+
+        requests.tasks.add(asyncio.create_task(answer()))
+        await asyncio.sleep(0)
+        first = asyncio.create_task(requests.end())
+        await asyncio.sleep(0.05)
+        await requests.end()
+        await first
+        return said
+
+    assert asyncio.run(scene()) == ["words"]
 
 
 def test_whoever_does_not_read_is_not_waited_for(world, monkeypatch):

@@ -1,6 +1,11 @@
 """The tokenizer's own operations, and chat templates."""
 
 import pytest
+from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from server.text.tokenizer import ChatTemplateError, Tokenizer
 from tests.server.text import samples
@@ -22,6 +27,18 @@ def test_encode_and_decode():
     tokenizer = Tokenizer(samples.byte_level())
     assert tokenizer.decode(tokenizer.encode("the patient €5")) == "the patient €5"
     assert tokenizer.vocab_size == len(samples.byte_level())
+
+
+def test_ids_may_have_gaps():
+    """As in a vocabulary that was pruned: there is an id beyond the number of tokens."""
+    words = WordLevel({"a": 0, "b": 1, "z": 10}, unk_token="a")
+    backend = BackendTokenizer(words)
+    backend.pre_tokenizer, backend.decoder = Whitespace(), Fuse()
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    ids, shown = tokenizer.encode("a z b z"), tokenizer.detokenizer()
+    assert "".join([*map(shown.add, ids), shown.flush()]) == tokenizer.decode(ids) == "azbz"
+    assert [tokenizer.piece(id) for id in ids] == [b"a", b"z", b"b", b"z"]
+    assert tokenizer.detokenizer().add(5) == ""
 
 
 def test_saving_and_loading(tmp_path):
