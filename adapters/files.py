@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 CHUNK = 1024 * 1024
@@ -32,8 +33,9 @@ class FileOps:
             shutil.copyfileobj(reader, writer, CHUNK)
 
     def protect(self, path: Path) -> None:
-        """Let nobody write to a file that is done."""
-        path.chmod(0o444)
+        """Let nobody write to a file that is done, where the file system can say so."""
+        with suppress(PermissionError, NotImplementedError):
+            path.chmod(0o444)
 
     def sync_file(self, path: Path) -> None:
         """Wait until a file's bytes are on disk."""

@@ -21,7 +21,7 @@ NAME_LENGTH = 64  # assumed of a module's name when a pattern's steps are estima
 
 _TOKEN = re.compile(
     r"(?P<open>\((?!\?)|\(\?(?:[aiLmsu]*:|<?[=!]|P<\w+>))|(?P<odd>\(\?)|(?P<close>\))|(?P<or>\|)"
-    r"|(?P<repeat>[*+{])|(?P<maybe>\?)|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.",
+    r"|(?P<repeat>[*+]|\{(?P<least>\d*))|(?P<maybe>\?)|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.",
     re.DOTALL,
 )
 
@@ -107,7 +107,8 @@ def _steps(text: str) -> float:
             case "or":
                 earlier, before, last = earlier + before * last, 1.0, 1.0
             case "repeat":
-                last = NAME_LENGTH if last == 1 else math.inf
+                endless = last > 1 or int(token["least"] or 0) > NAME_LENGTH  # Python repeats nothing, too
+                last = math.inf if endless else NAME_LENGTH
             case "maybe":
                 last += 1
             case _:

@@ -37,6 +37,7 @@ Quantization = Literal["nf4", "int8", "none"]
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.model")  # of a hub's repository
 _NOT_FILES = ("consolidated*", "*/*")  # the same weights again, under other names
+_ELSEWHERE = (ImportError, torch.OutOfMemoryError, torch.AcceleratorError)  # no fault of a copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,8 @@ def _from_copy(
         try:
             model = _read(copy, source, None)
         except UnsupportedModelError as error:
+            if isinstance(error.__cause__, _ELSEWHERE):
+                raise
             logger.warning("the quantized copy cannot be read, so it is made again: %s", error)
             shutil.rmtree(copy)
             model = _read(cached(cache, key, quantize), source, None)
@@ -98,7 +101,7 @@ def _from_copy(
         raise SettingsError(
             f"--quantized-cache {cache}: cannot be used: {error.strerror or error}; name another folder"
         ) from error
-    model.generation_config = _generation_config(folder) or model.generation_config
+    model.generation_config = _generation_config(folder, source) or model.generation_config
     return model
 
 
@@ -123,8 +126,8 @@ def _folder(source: ModelSource) -> Path:
 
 def _read(folder: Path, source: ModelSource, quantization: BitsAndBytesConfig | None) -> PreTrainedModel:
     given: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
+    _generation_config(folder, source)  # transformers would make do without one that is broken
     try:
-        _generation_config(folder)  # transformers would make do without one that is broken
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=source.dtype,
@@ -143,11 +146,16 @@ def _read(folder: Path, source: ModelSource, quantization: BitsAndBytesConfig | 
     return cast(PreTrainedModel, model)
 
 
-def _generation_config(folder: Path) -> GenerationConfig | None:
-    """What the model's authors say of sampling and ends, if they do; raises OSError where it cannot be read."""
+def _generation_config(folder: Path, source: ModelSource) -> GenerationConfig | None:
+    """What the model's authors say of sampling and ends, if they do."""
     if not (folder / "generation_config.json").exists():
         return None
-    return GenerationConfig.from_pretrained(folder)
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{source.model} cannot be served: its generation_config.json cannot be read: {error}"
+        ) from error
 
 
 def _refuse_incomplete(

@@ -4,18 +4,19 @@ second. Knows nothing of how a checkpoint is quantized or read.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 _WEIGHTS = (".safetensors", ".bin", ".py")  # and code that comes with them
 _MAKING = ".making-"
+_LEFT_SECONDS = 24 * 3600  # nobody quantizes for so long
 
 
 def cache_key(model: Path, settings: dict[str, str]) -> str:
@@ -38,9 +39,8 @@ def cached(root: Path, key: str, make: Callable[[Path], None]) -> Path:
     _sweep(root)
     made = Path(tempfile.mkdtemp(prefix=_MAKING, dir=root))
     try:
-        with _held(made):
-            make(made)
-            os.replace(made, folder)
+        make(made)
+        os.replace(made, folder)
     except OSError:
         if not folder.is_dir():  # else another process was faster, and its copy is the same
             raise
@@ -50,21 +50,8 @@ def cached(root: Path, key: str, make: Callable[[Path], None]) -> Path:
 
 
 def _sweep(root: Path) -> None:
-    """Remove what processes left that were killed while they made a copy: nobody holds it any more."""
+    """Remove what processes left that were killed while they made a copy, by age: not all who share it see a lock."""
     for left in root.glob(f"{_MAKING}*"):
-        try:
-            with _held(left):
+        with suppress(OSError):  # it is gone
+            if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
-        except OSError:  # held, or gone
-            continue
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process, or raise OSError if another does."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -203,3 +204,15 @@ def test_a_holder_that_has_not_written_its_name(tmp_path):
     with pytest.raises(StoreLockedError, match="has not written its name yet"):
         Store(tmp_path / "store", FileOps())
     store.close()
+
+
+def test_a_disk_that_knows_no_modes_is_no_reason_to_refuse(tmp_path, monkeypatch):
+    """As a network share that is mounted for one user."""
+
+    def refuse(path, mode):
+        raise PermissionError(1, "Operation not permitted")
+
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr(Path, "chmod", refuse)
+    FileOps().protect(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"

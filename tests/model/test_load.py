@@ -187,6 +187,20 @@ def test_a_copy_that_cannot_be_read_is_made_again(folder, tmp_path, caplog):
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), ImportError("no package")])
+def test_a_copy_outlives_what_is_not_its_fault(folder, tmp_path, monkeypatch, error):
+    load_model(source(folder, "nf4", tmp_path))
+    before = copies(tmp_path)
+
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(UnsupportedModelError, match=str(error)):
+        load_model(source(folder, "nf4", tmp_path))
+    assert copies(tmp_path) == before
+
+
 def test_what_the_authors_say_of_sampling_is_read_anew(folder, tmp_path):
     """It may be edited while the quantized copy of the weights stays as it is."""
     made = broken(folder, tmp_path / "made", lambda tensors: None)

@@ -1,6 +1,8 @@
 """Quantized copies: found again, made whole or not at all, and told apart by everything that matters."""
 
+import os
 import threading
+import time
 
 import pytest
 
@@ -74,6 +76,7 @@ def test_what_a_killed_maker_left_is_removed_by_the_next(tmp_path):
     root = tmp_path / "root"
     (root / ".making-killed").mkdir(parents=True)
     (root / ".making-killed" / "weights").write_text("half")
+    os.utime(root / ".making-killed", (time.time() - 100_000,) * 2)
 
     def make(into):
         cached(root, "other", fill("other"))
