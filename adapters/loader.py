@@ -48,7 +48,7 @@ class Loader:
         self._cached: OrderedDict[str, Adapter] = OrderedDict()
         self._oversize: dict[str, Adapter] = {}
         self._loading: dict[str, object] = {}  # the ticket of the read under way; a stale one is dropped
-        self._failed: dict[str, AdapterError] = {}
+        self._failed: dict[str, tuple[float, AdapterError]] = {}  # and when the read began
         self._wanted: dict[str, int] = {}  # generation to its place in the line
         self._sizes: dict[str, int] = {}  # bytes of those in the line that have been read before
         self._ahead: dict[str | None, int] = {}  # held for those ahead of each; empty: to be summed up again
@@ -92,7 +92,7 @@ class Loader:
                 if not any(generation in held for held in (self._cached, self._oversize, self._failed)):
                     self._begin(generation)
 
-    def get(self, generation: str) -> Adapter | None:
+    def get(self, generation: str, since: float = 0.0) -> Adapter | None:
         """The weights if they are here; else None, and a read is under way, or put off until it fits.
 
         Raises the error of a read that failed, once: the next call starts another.
@@ -105,7 +105,9 @@ class Loader:
             if generation in self._oversize:
                 return self._oversize.pop(generation)
             if generation in self._failed:
-                raise self._failed.pop(generation)
+                began, error = self._failed.pop(generation)
+                if began >= since:  # else it was read for somebody who has left
+                    raise error
             self._begin(generation)
             return None
 
@@ -165,14 +167,14 @@ class Loader:
                 self.load_seconds.add(seconds)
             if self._loading.get(generation) is ticket:
                 del self._loading[generation]
-                self._settle(generation, result)
+                self._settle(generation, result, started)
                 self._ahead.clear()
         self._on_ready()
 
-    def _settle(self, generation: str, result: Adapter | AdapterError) -> None:
+    def _settle(self, generation: str, result: Adapter | AdapterError, began: float) -> None:
         """File a read's result; the lock is held."""
         if isinstance(result, AdapterError):
-            self._failed[generation] = result
+            self._failed[generation] = began, result
             return
         if result.nbytes > self._max_bytes:
             self._oversize[generation] = result

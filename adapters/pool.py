@@ -51,6 +51,7 @@ class Pool:
         self._doomed: set[str] = set()  # forgotten while pinned or arriving: freed when they are neither
         self.load_seconds = Tally()  # of copies to the device
         self._evictions = 0
+        self.let_go = 0  # times that pages were freed, or that a generation ceased to hold its own fast
         self._sites = tuple(
             SitePages(
                 a=zeros((pages[site.group], len(site.members), PAGE_RANK, site.in_features), dtype, device),
@@ -165,6 +166,7 @@ class Pool:
             self._pins[generation] = count - 1
             return
         del self._pins[generation]
+        self.let_go += 1
         if generation in self._doomed:
             self._release(generation)
 
@@ -209,11 +211,13 @@ class Pool:
         for generation, copied in tuple(self._arriving.items()):
             if copied.done():
                 del self._arriving[generation]
+                self.let_go += 1
                 if generation in self._doomed or copied.exception() is not None:
                     self._release(generation)
                 self.load_seconds.add(copied.result())
 
     def _release(self, generation: str) -> None:
+        self.let_go += 1
         for group, held in self._tables.pop(generation).items():
             self._free[group].extend(held)
         self._doomed.discard(generation)

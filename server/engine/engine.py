@@ -53,17 +53,20 @@ logger = logging.getLogger(__name__)
 
 
 _Queue = asyncio.Queue[Event]
+_UNREAD = 4  # times as many answers as may be under way are held for clients that are slow to read
 
 
 class Streams:
     """The open streams by request id; opened and closed on event loops, fed from the engine's thread.
 
-    A stream is open until its last event is delivered: a reader that is slow to take that holds no place.
+    A stream is open until its last event is delivered: a reader that is slow to take that holds no place. What it has
+    not taken is held for it, so readers are counted too.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[str, tuple[asyncio.AbstractEventLoop, _Queue]] = {}
+        self.readers = 0
 
     def __len__(self) -> int:
         return len(self._open)
@@ -74,12 +77,14 @@ class Streams:
         with self._lock:
             assert request_id not in self._open, f"request id {request_id} is in use"
             self._open[request_id] = (asyncio.get_running_loop(), queue)
+            self.readers += 1
         return queue
 
     def close(self, request_id: str) -> None:
-        """Its reader has gone before the last event."""
+        """Its reader has gone."""
         with self._lock:
             self._open.pop(request_id, None)
+            self.readers -= 1
 
     def ids(self) -> list[str]:
         with self._lock:
@@ -165,6 +170,10 @@ class Engine:
         self._refuse_unrunnable(submit)
         if len(self._streams) >= self.max_open:
             raise QueueFullError(f"{len(self._streams)} sequences are running or waiting; try again shortly")
+        if self._streams.readers >= _UNREAD * self.max_open:
+            raise QueueFullError(
+                f"{self._streams.readers} answers are not read to their ends; try again when clients have read them"
+            )
         events = self._streams.open(submit.request_id)
         event: Event | None = None
         try:
@@ -177,8 +186,8 @@ class Engine:
                     raise event.error
                 yield event
         finally:
+            self._streams.close(submit.request_id)
             if not isinstance(event, Finished | Failed):
-                self._streams.close(submit.request_id)
                 self.send(Abort(submit.request_id))
 
     def _refuse_unrunnable(self, submit: Submit) -> None:

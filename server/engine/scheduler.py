@@ -37,10 +37,9 @@ class Residency:
         self.hits = 0  # sequences that started with their adapter on the device already
         self.misses = 0  # and those for which it had to be copied there
         self._refused: set[str] = set()  # for want of pages, since any were let go
-        self._released = 0  # pins given back
-        self._held: tuple[object, ...] = ()  # as it was at the last line; any change may have let pages go
+        self._let_go = 0  # the pool's count at the last line
 
-    def acquire(self, generation: str | None) -> Admission:
+    def acquire(self, generation: str | None, since: float = 0.0) -> Admission:
         """Pin a generation's pages if that can be done now; raises `AdapterError` when it cannot be read."""
         if generation is None:
             return Admission.READY
@@ -49,7 +48,7 @@ class Residency:
                 return Admission.LOADING
             if generation in self._refused:
                 return Admission.NO_ROOM
-            adapter = self.loader.get(generation)
+            adapter = self.loader.get(generation, since)
             if adapter is None:
                 return Admission.LOADING
             if not self.pool.admit(adapter):
@@ -71,9 +70,8 @@ class Residency:
         queue at a full pool would cost every step as many searches for pages.
         """
         wanted = [each for each in generations if each is not None and not self.pool.resident(each)]
-        held = (self._released, self.pool.used, self.pool.residents)
-        if held != self._held:
-            self._held = held
+        if self._let_go != self.pool.let_go:
+            self._let_go = self.pool.let_go
             self._refused.clear()
         if wanted:  # an old line does no harm while nobody waits
             self.loader.line_up(wanted)
@@ -82,7 +80,6 @@ class Residency:
     def release(self, generation: str | None) -> None:
         """Give back one pin."""
         if generation is not None:
-            self._released += 1
             self.pool.unpin(generation)
 
     def pages(self, generation: str | None) -> Mapping[str, tuple[int, ...]]:
@@ -297,7 +294,7 @@ class Scheduler:
             coming.seats += 1
             coming.blocks += wanted
             return Admission.FOLLOWS
-        admission = self.residency.acquire(sequence.generation)
+        admission = self.residency.acquire(sequence.generation, sequence.arrived)
         if admission is Admission.READY:
             self._take_up_prefix(sequence)
             self._reserve(sequence, sequence.missing)

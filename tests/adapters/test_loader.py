@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -205,6 +206,17 @@ def test_the_first_few_in_line_are_read_before_they_are_asked_for():
         loader.get("b")
     loader.close()
     loader.check()
+
+
+def test_a_failure_is_told_to_those_who_came_before_it(loader, reads):
+    reads.failing["gone"] = AdapterError("adapter_load_failed", "gone")
+    loader.line_up(["gone"])
+    loader.read_ahead()
+    assert reads.ready.acquire(timeout=WAIT)
+    assert loader.get("gone", since=time.perf_counter()) is None, "it is read again for whoever came later"
+    assert reads.ready.acquire(timeout=WAIT)
+    with pytest.raises(AdapterError, match="gone"):
+        loader.get("gone", since=0.0)
 
 
 def test_what_is_known_not_to_fit_is_not_read_ahead(reads):

@@ -166,7 +166,7 @@ class FakeLoader:
             if generation not in (*self.here, *self.failed, *self.reading):
                 self.reading.append(generation)
 
-    def get(self, generation):
+    def get(self, generation, since=0.0):
         if generation in self.failed:
             self.failed.remove(generation)
             raise AdapterError("adapter_load_failed", f"{generation} could not be read")

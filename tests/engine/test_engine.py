@@ -244,6 +244,25 @@ def test_a_stream_that_has_ended_and_is_not_read_holds_no_place():
     bench.assert_nothing_is_held()
 
 
+def test_answers_that_nobody_reads_have_a_bound():
+    async def scene(bench):
+        ended = [await started(bench.engine, submit(str(i), max_tokens=2)) for i in range(2)]
+        while len(ended) < 4 * bench.engine.max_open:
+            await until(lambda: len(bench.engine._streams) == 0)
+            ended.append(await started(bench.engine, submit(str(len(ended)), max_tokens=2)))
+        await until(lambda: len(bench.engine._streams) == 0)
+        with pytest.raises(QueueFullError, match="12 answers are not read"):
+            await read(bench.engine, submit("one more"))
+        await ended.pop().aclose()
+        assert (await read(bench.engine, submit("one more")))[0] == bench.solo(submit("one more"))
+        for stream in ended:
+            await stream.aclose()
+
+    with Bench(sequences=1, max_queued=2) as bench:
+        run(scene(bench))
+    bench.assert_nothing_is_held()
+
+
 def test_an_ended_stream_whose_reader_leaves_is_forgotten():
     async def scene(bench):
         stream = await started(bench.engine, submit("gone", max_tokens=2))

@@ -268,6 +268,21 @@ def test_who_finds_no_pages_is_asked_again_when_a_copy_has_ended():
     assert scheduled(parts) == [("b", 3)]
 
 
+def test_who_finds_no_pages_is_asked_again_though_the_pool_looks_as_before():
+    """Pages that were taken and let go between two looks leave no trace in how many are held."""
+    parts, copies = Parts(ADAPTERS, pages=3, sequences=8, tokens=64), []
+    parts.loader.here |= set(parts.adapters)
+    parts.pool.copy = lambda asked: copies.append((asked, Future())) or copies[-1][1]
+    add(parts, *(sequence(generation=g, name=g, max_tokens=99) for g in ("wide", "b")))
+    assert scheduled(parts) == []
+    parts.scheduler.retire(parts.scheduler.find("wide"))
+    copies[0][1].set_result(copy_now(copies[0][0]).result())
+    parts.pool.forget("wide")
+    assert parts.pool.used == 0
+    scheduled(parts)
+    assert len(copies) == 2, "who was refused once is refused for ever"
+
+
 def test_one_that_was_passed_and_must_be_read_again_goes_on_ageing():
     """The host cache may lose what it read while a sequence finds no room: that must not start its count anew."""
     parts = Parts(ADAPTERS, pages=4, sequences=2, tokens=64)
