@@ -240,9 +240,7 @@ def _say(text: str, to: TextIO | None = None) -> None:
         print(text, file=stream, flush=True)
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(
-            nowhere, stream.fileno()
-        )  # else the same error at the interpreter's end would be the exit code
+        os.dup2(nowhere, stream.fileno())  # else this error, at the interpreter's end, would be the exit code
         os.close(nowhere)
 
 
