@@ -54,11 +54,17 @@ class Machine:
 
 def machine_code(requests: list[Request]) -> list[Machine]:
     """Compile all in one process, in their order."""
+    said = run_apart(__name__, said=json.dumps([asdict(request) for request in requests]))
+    return [Machine(**found) for found in json.loads(said)]
+
+
+def run_apart(module: str, *arguments: str, said: str = "") -> str:
+    """What a module prints as a program of its own, in which Triton does not interpret; `said` is its input."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
-        [sys.executable, "-m", __name__],
-        input=json.dumps([asdict(request) for request in requests]),
+        [sys.executable, "-m", module, *arguments],
+        input=said,
         capture_output=True,
         text=True,
         env=environment,
@@ -66,7 +72,7 @@ def machine_code(requests: list[Request]) -> list[Machine]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return [Machine(**found) for found in json.loads(done.stdout)]
+    return done.stdout
 
 
 def _compile(request: Request) -> Machine:

@@ -7,16 +7,15 @@ Triton decides when it is imported whether it interprets, so this is a process o
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
+
+from tests.triton.machine_code import run_apart
 
 SEQUENCES, TOKENS, PAGES = 12, 511, 2
 MODES: dict[str, dict[str, bool]] = {
@@ -28,18 +27,7 @@ MODES: dict[str, dict[str, bool]] = {
 
 def late_variants(mode: str) -> dict[str, Any]:
     """How many variants there were before requests came ("early"), and the later ones by the step that needed them."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, mode],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(run_apart(__name__, mode).splitlines()[-1])
     return found
 
 
@@ -86,17 +74,13 @@ def _main(mode: str) -> dict[str, Any]:
         max_lora_rank=16 * PAGES,
         **MODES[mode],
     )
-    shape, cpu = (
-        Shape(layers=1, hidden=256, intermediate=2048, heads=8, kv_heads=2, vocabulary=96),
-        torch.device("cpu"),
-    )
+    shape = Shape(layers=1, hidden=256, intermediate=2048, heads=8, kv_heads=2, vocabulary=96)
+    cpu = torch.device("cpu")
     with ExitStack() as stack:
         found = stack.enter_context(_noted())
         stack.enter_context(fake_device())
-        for trial in (
-            "server.model.steady._near",
-            "server.model.compiled_layer._alike",
-        ):  # of numbers: there are none
+        # trials compare numbers, and there are none
+        for trial in ("server.model.steady._near", "server.model.compiled_layer._alike"):
             stack.enter_context(patch(trial, lambda *_: True))
         servable = make_servable(
             random_llama(shape, cpu), kernels=cuda_kernels(cpu, fixed=settings.batch_invariant)
