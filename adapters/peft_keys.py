@@ -31,9 +31,8 @@ Part = Literal[
 _PREFIX = re.compile(r"^(?:(?:base_model\.model|base_model|module|_orig_mod|_fsdp_wrapped_module)\.)+")
 _INSIDE = re.compile(r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Where the text model sits: bare, in a causal model, or in a multimodal one.
-_HOME = re.compile(
-    r"^(?:(?:model|language_model)\.){1,4}"
-)  # no endless ones: patterns are matched with names
+# At most four: a long name that is made of them is no module's, and is matched with no pattern of the config.
+_HOME = re.compile(r"^(?:(?:model|language_model)\.){1,4}")
 
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
 _OTHER: tuple[tuple[re.Pattern[str], Part], ...] = (

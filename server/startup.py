@@ -279,7 +279,8 @@ def default_threads(servable: ServableModel) -> int:
     weights = sum(site.in_features * site.out_features for site in servable.layout.sites)
     if servable.device.type == "cpu" and weights < _SMALL:
         return 1
-    return min(torch.get_num_threads(), container.cpus() or torch.get_num_threads())
+    threads = torch.get_num_threads()
+    return min(threads, container.cpus() or threads)
 
 
 def end_tokens(servable: ServableModel) -> frozenset[int]:

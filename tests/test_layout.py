@@ -122,10 +122,8 @@ def test_the_distribution_lists_every_package():
     }
     assert listed == found
     (native,) = project["tool"]["setuptools"]["ext-modules"]
-    for kind, suffix in (
-        ("sources", "c"),
-        ("depends", "h"),
-    ):  # an unlisted header is not looked at for a rebuild
+    # an unlisted header is not looked at for a rebuild
+    for kind, suffix in (("sources", "c"), ("depends", "h")):
         there = {str(path.relative_to(ROOT)) for path in (ROOT / "kernels" / "cpu").glob(f"*.{suffix}")}
         assert set(native[kind]) == there
     assert "Private :: Do Not Upload" in project["project"]["classifiers"]

@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -61,6 +62,15 @@ def load_model(source: ModelSource) -> PreTrainedModel:
         raise UnsupportedModelError(
             f"{source.model} cannot be served: its configuration cannot be read: {error}"
         ) from error
+    generation = _generation_config(folder, source)
+    model = _as_asked(folder, config, source)
+    if generation is not None:  # a quantized copy has that of the day it was made
+        model.generation_config = generation
+    return model
+
+
+def _as_asked(folder: Path, config: PreTrainedConfig, source: ModelSource) -> PreTrainedModel:
+    """The weights as they are, quantized on their way, or from the quantized copy."""
     if getattr(config, "quantization_config", None) is not None or source.quantization == "none":
         return _read(folder, source, None)
     quantization = _quantization_config(source.quantization)
@@ -90,19 +100,17 @@ def _from_copy(
     try:
         copy = cached(cache, key, quantize)
         try:
-            model = _read(copy, source, None)
+            return _read(copy, source, None)
         except UnsupportedModelError as error:
             if isinstance(error.__cause__, _ELSEWHERE):
                 raise
             logger.warning("the quantized copy cannot be read, so it is made again: %s", error)
             shutil.rmtree(copy)
-            model = _read(cached(cache, key, quantize), source, None)
+            return _read(cached(cache, key, quantize), source, None)
     except OSError as error:
         raise SettingsError(
             f"--quantized-cache {cache}: cannot be used: {error.strerror or error}; name another folder"
         ) from error
-    model.generation_config = _generation_config(folder, source) or model.generation_config
-    return model
 
 
 def _folder(source: ModelSource) -> Path:
@@ -126,7 +134,6 @@ def _folder(source: ModelSource) -> Path:
 
 def _read(folder: Path, source: ModelSource, quantization: BitsAndBytesConfig | None) -> PreTrainedModel:
     given: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
-    _generation_config(folder, source)  # transformers would make do without one that is broken
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -147,7 +154,7 @@ def _read(folder: Path, source: ModelSource, quantization: BitsAndBytesConfig | 
 
 
 def _generation_config(folder: Path, source: ModelSource) -> GenerationConfig | None:
-    """What the model's authors say of sampling and ends, if they do."""
+    """What the model's authors say of sampling and ends, if they do; transformers makes do without a broken one."""
     if not (folder / "generation_config.json").exists():
         return None
     try:

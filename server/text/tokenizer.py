@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_RENDERED = frozenset(
-    {"conversations", "messages"}
-)  # what transformers hands to a chat template, beside its options
+# what transformers hands to a chat template, beside its options
+_RENDERED = frozenset({"conversations", "messages"})
 _LONGEST_CHARACTER = 4  # bytes, and so ids that it may take
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
 
