@@ -1,9 +1,10 @@
 """Attention over paged keys and values on a GPU: decodes and chunks of prompts in one launch.
 
-A program takes a tile of queries of one span with the heads that share a key head, over all keys or a part of them;
-parts are put together by whoever comes last, in their order. All products are 16 x 8 matrix instructions, which sum a
-row in one way whatever the tile's height; the wide ones of Hopper would read weights from registers, which the
-assembler of Triton 3.6 can get wrong. Knows nothing of scheduling: tiles and blocks come from `kernels/plans.py`.
+A program takes a tile of queries of one span with the heads that share a key head, over all its keys or, where a text
+is long beside others, over a share of them; shares are put together by whoever ends last, in their order. All products
+are 16 x 8 matrix instructions, which sum a row in one way whatever the tile's height; the wide ones of Hopper would
+read weights from registers, which the assembler of Triton 3.6 can get wrong. Knows nothing of scheduling: tiles, shares
+and blocks come from `kernels/plans.py`.
 
 torch's own `varlen_attn` with a block table knows neither softcap nor sinks; one kernel here serves every model. The
 two have not been timed against each other.
@@ -26,9 +27,7 @@ RECORD = tl.constexpr(plans.ATTENTION_RECORD)
 # a maximum to start from: finite, so that a tile of hidden keys adds exact zeros
 _FAR_BELOW = tl.constexpr(-1e30)
 
-_FILL = 256  # programs that keep a large GPU busy: where there are fewer tiles, keys are shared out
-_MOST_SPLITS = 64
-_LEAST_PART = tl.constexpr(128)  # keys that are worth a program
+_LEAST_SHARE = tl.constexpr(plans.LEAST_SHARE)
 # By bytes of a number, then by width of a head, up to: keys of one turn of the loop, warps, turns in flight; so that no
 # kernel spills, nor float32's need more shared memory than every chip has.
 _TURNS = {
@@ -38,7 +37,7 @@ _TURNS = {
 _LOW_TURNS = {2: _TURNS[2] | {128: (128, 4, 2)}, 4: _TURNS[4] | {64: (32, 4, 2)}}  # of tiles of 16 rows
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["room"])
 def _attention_kernel(
     out: tl.tensor,
     q: tl.tensor,
@@ -52,7 +51,7 @@ def _attention_kernel(
     softcap: tl.tensor,
     q_row: tl.tensor,  # strides of q
     q_head: tl.tensor,
-    rows: tl.tensor,  # of the plan
+    room: tl.tensor,  # for records, of the plan
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of a key head
     HEADS: tl.constexpr,  # of them in a tile
@@ -65,29 +64,33 @@ def _attention_kernel(
     BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr,  # of one turn of the loop
     PART: tl.constexpr,  # keys of a part where parts lie at fixed places, else 0
-    SHARED: tl.constexpr,  # whether several programs share a tile's parts
+    SHARED: tl.constexpr,  # whether a tile may have several shares
     WINDOW: tl.constexpr,  # 0: none
     CAPPED: tl.constexpr,
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    """A tile's keys are cut into parts, which its programs take in turns; the last to end puts all together."""
+    """A tile's keys are cut into parts: one program takes all of them, or each of its shares some, and the last to end
+    puts them together.
+    """
     portable.wait_for_earlier(EARLY)
-    tile = tl.program_id(0)
-    lane = tl.program_id(2)
-    splits = tl.num_programs(2)
-    if tile >= tl.load(plan):
+    number = tl.program_id(0)
+    if number >= tl.load(plan):
         return
-    record = plan + HEAD + tile * RECORD
+    record = plan + HEAD + number * RECORD
     first_row = tl.load(record)
     count = tl.load(record + 1) - first_row
     before = tl.load(record + 2)
     visible = before + count
-    first_key, length, slot = _cut(record, tile, splits, before, visible, QUERIES, KEYS, PART, WINDOW)
+    share, shares = 0, 1
+    if SHARED:
+        share, shares = tl.load(record + 5), tl.load(record + 6)
+    first_key, length = _cut(shares, before, visible, KEYS, PART, WINDOW)
     parts = tl.cdiv(visible - first_key, length)
-    sharers = tl.maximum(tl.minimum(parts, splits), 1)
-    if lane >= sharers:
-        return
+    if SHARED:
+        shares = tl.maximum(tl.minimum(parts, shares), 1)
+        if share >= shares:
+            return
 
     each = tl.arange(0, HEIGHT)
     query = each // HEADS
@@ -102,68 +105,75 @@ def _attention_kernel(
         mask=mine[:, None] & (k_place < K_WIDTH)[None, :],
         other=0.0,
     )
-    blocks = plan + HEAD + rows * RECORD + tl.load(record + 4)
+    blocks = plan + HEAD + room * RECORD + tl.load(record + 4)
     keys_at = k_cache + kv_head * K_WIDTH
     values_at = v_cache + kv_head * V_WIDTH
-    highest, total, summed = _nothing_seen(sinks, head, mine, HEIGHT, V_ROOM)
-    lines = ((slot + query) * tl.num_programs(1) + tl.program_id(1)) * HEADS + each % HEADS
+    highest, total, summed = _nothing_seen(sinks, head, mine, shares == 1, HEIGHT, V_ROOM)
+    lines = ((tl.load(record + 3) + query) * tl.num_programs(1) + tl.program_id(1)) * HEADS + each % HEADS
     step = count * tl.num_programs(1) * HEADS
-    if PART == 0 and not SHARED:
+    if PART == 0:  # a share is a part
+        low, high = first_key, visible
+        if SHARED:
+            low = first_key + share * length
+            high = tl.minimum(low + length, visible)
         highest, total, summed = _attend(
-            highest, total, summed, queries, keys_at, values_at, blocks, at, first_key, visible, scale, softcap,
+            highest, total, summed, queries, keys_at, values_at, blocks, at, low, high, scale, softcap,
             KV_HEADS, K_WIDTH, V_WIDTH, BLOCK_SIZE, KEYS, WINDOW, CAPPED, STAGES,
         )  # fmt: skip
-    else:
-        for part in range(lane, parts, splits):
+        if SHARED and shares > 1:
+            _store_part(planes, lines + share * step, mine, highest, total, summed, V_WIDTH)
+    elif shares == 1:
+        for part in range(parts):
             low = first_key + part * length
-            of_part = _nothing_seen(None, head, mine, HEIGHT, V_ROOM)
+            of_part = _nothing_seen(None, head, mine, False, HEIGHT, V_ROOM)
             of_part = _attend(
                 *of_part, queries, keys_at, values_at, blocks, at, low, tl.minimum(low + length, visible),
                 scale, softcap, KV_HEADS, K_WIDTH, V_WIDTH, BLOCK_SIZE, KEYS, WINDOW, CAPPED, STAGES,
             )  # fmt: skip
-            if SHARED:
-                _store_part(planes, lines + part * step, mine, *of_part, V_WIDTH)
-            else:
-                highest, total, summed = _merge(highest, total, summed, *of_part)
-    if SHARED:
-        tl.debug_barrier()
-        counter = counters + tile * tl.num_programs(1) + tl.program_id(1)
-        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") < sharers - 1:
-            return
-        for part in range(parts):
-            of_part = _load_part(planes, lines + part * step, mine, V_WIDTH, V_ROOM)
             highest, total, summed = _merge(highest, total, summed, *of_part)
-        tl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
-    result = summed / tl.where(total > 0, total, 1.0)[:, None]
+    else:
+        for part in range(share, parts, shares):
+            low = first_key + part * length
+            of_part = _nothing_seen(None, head, mine, False, HEIGHT, V_ROOM)
+            of_part = _attend(
+                *of_part, queries, keys_at, values_at, blocks, at, low, tl.minimum(low + length, visible),
+                scale, softcap, KV_HEADS, K_WIDTH, V_WIDTH, BLOCK_SIZE, KEYS, WINDOW, CAPPED, STAGES,
+            )  # fmt: skip
+            _store_part(planes, lines + part * step, mine, *of_part, V_WIDTH)
     row = (first_row + query)[:, None].to(tl.int64) * (KV_HEADS * GROUP) + head[:, None]
-    v_place = tl.arange(0, V_ROOM)
-    there = out + row * V_WIDTH + v_place[None, :]
-    inside = mine[:, None] & (v_place < V_WIDTH)[None, :]
-    tl.store(there, portable.narrow(result, out.dtype.element_ty), mask=inside)
+    there = out + row * V_WIDTH
+    if not SHARED or shares == 1:
+        _store_result(there, mine, total, summed, V_WIDTH)
+    else:
+        tl.debug_barrier()  # all threads have stored before one of them counts
+        counter = counters + (number - share) * tl.num_programs(1) + tl.program_id(1)
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == shares - 1:
+            highest, total, summed = _nothing_seen(sinks, head, mine, True, HEIGHT, V_ROOM)
+            for part in range(parts):
+                of_part = _load_part(planes, lines + part * step, mine, V_WIDTH, V_ROOM)
+                highest, total, summed = _merge(highest, total, summed, *of_part)
+            tl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
+            _store_result(there, mine, total, summed, V_WIDTH)
 
 
 @triton.jit
 def _cut(
-    record: tl.tensor,
-    tile: tl.tensor,
-    splits: tl.tensor,
+    shares: tl.tensor,
     before: tl.tensor,
     visible: tl.tensor,
-    QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PART: tl.constexpr,
     WINDOW: tl.constexpr,
 ) -> tl.tuple:
-    """How a tile's keys are cut: the first key, the length of a part, and the first query's line in the planes."""
+    """How a tile's keys are cut: the first key, and the length of a part."""
     first_key = 0
     if WINDOW > 0:
         first_key = tl.maximum(before - WINDOW + 1, 0)
     if PART > 0:
-        return first_key // PART * PART, PART, tl.load(record + 3)
+        return first_key // PART * PART, PART
     else:
         first_key = first_key // KEYS * KEYS
-        length = tl.maximum(tl.cdiv(tl.cdiv(visible - first_key, splits), KEYS) * KEYS, _LEAST_PART)
-        return first_key, length, tile * splits * QUERIES
+        return first_key, tl.maximum(tl.cdiv(tl.cdiv(visible - first_key, shares), KEYS) * KEYS, _LEAST_SHARE)
 
 
 @triton.jit
@@ -171,6 +181,7 @@ def _nothing_seen(
     sinks: tl.tensor,  # [query heads] or None
     head: tl.tensor,  # [HEIGHT]
     mine: tl.tensor,  # [HEIGHT]
+    first: tl.tensor,  # whether the sinks count here
     HEIGHT: tl.constexpr,
     V_ROOM: tl.constexpr,
 ) -> tl.tuple:
@@ -179,8 +190,8 @@ def _nothing_seen(
         highest = tl.full((HEIGHT,), _FAR_BELOW, tl.float32)
         total = tl.zeros((HEIGHT,), tl.float32)
     else:
-        highest = tl.load(sinks + head, mask=mine, other=0.0).to(tl.float32)
-        total = tl.full((HEIGHT,), 1.0, tl.float32)
+        highest = tl.where(first, tl.load(sinks + head, mask=mine, other=0.0).to(tl.float32), _FAR_BELOW)
+        total = tl.where(first, tl.full((HEIGHT,), 1.0, tl.float32), 0.0)
     return highest, total, tl.zeros((HEIGHT, V_ROOM), tl.float32)
 
 
@@ -294,6 +305,21 @@ def _load_part(
     return highest, total, summed
 
 
+@triton.jit
+def _store_result(
+    there: tl.tensor,  # [HEIGHT, 1] where each row begins
+    mine: tl.tensor,  # [HEIGHT]
+    total: tl.tensor,
+    summed: tl.tensor,
+    V_WIDTH: tl.constexpr,
+) -> None:
+    """The mean of the values; zeros where no key was seen."""
+    result = summed / tl.where(total > 0, total, 1.0)[:, None]
+    v_place = tl.arange(0, summed.shape[1])[None, :]
+    inside = mine[:, None] & (v_place < V_WIDTH)
+    tl.store(there + v_place, portable.narrow(result, there.dtype.element_ty), mask=inside)
+
+
 def attention(
     q: Tensor,  # [rows, query heads, k width], a head's numbers side by side
     k_cache: Tensor,  # [positions, kv heads, k width]
@@ -325,24 +351,22 @@ def attention(
     assert v_cache.is_contiguous()
     out = q.new_empty(rows, heads, v_width)
     programs = kv_heads * -(-group // tile_heads)
-    splits = _splits(plan.tiles * programs)
     k_room, v_room = (max(16, triton.next_power_of_2(width)) for width in (k_width, v_width))
     height = plans.TILE_HEIGHT if fixed or plan.queries * tile_heads > 16 else 16
     keys, warps, stages = turns(height, k_room, v_room, q.dtype.itemsize)
-    lines = (plan.lines if fixed else plan.tiles * splits * plan.queries) * programs * tile_heads
-    _attention_kernel[(plan.tiles, programs, splits)](
+    _attention_kernel[(plan.records, programs)](
         out,
         q,
         k_cache,
         v_cache,
         sinks,
         plan.buffer,
-        workspace.planes(lines * (v_width + 4) if splits > 1 else 0),
-        workspace.counters(plan.tiles * programs if splits > 1 else 0),
+        workspace.planes(plan.lines * programs * tile_heads * (v_width + 4)),
+        workspace.counters(plan.records * programs if plan.shared else 0),
         scale,
         softcap or 0.0,
         *q.stride()[:2],
-        rows=plan.rows,
+        room=plan.room,
         KV_HEADS=kv_heads,
         GROUP=group,
         HEADS=tile_heads,
@@ -355,7 +379,7 @@ def attention(
         BLOCK_SIZE=plan.block_size,
         KEYS=keys,
         PART=plans.PART_KEYS if fixed else 0,
-        SHARED=splits > 1,
+        SHARED=plan.shared,
         WINDOW=window or 0,
         CAPPED=softcap is not None,
         STAGES=stages,
@@ -369,8 +393,3 @@ def attention(
 def turns(height: int, k_room: int, v_room: int, itemsize: int) -> tuple[int, int, int]:
     """Keys of one turn of the loop, warps and turns in flight, for heads of so many numbers of so many bytes."""
     return (_LOW_TURNS if height == 16 else _TURNS)[itemsize][max(64, k_room, v_room)]
-
-
-def _splits(programs: int) -> int:
-    """Among how many the parts of a tile are shared: a power of two, so that few kernels are compiled."""
-    return int(min(_MOST_SPLITS, triton.next_power_of_2(max(1, _FILL // programs))))

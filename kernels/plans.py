@@ -120,75 +120,136 @@ def _tiles(jobs: _Ints, weights: _Ints, height: int) -> _Ints:  # [tiles, 5]
     return np.stack((page[job], row, ends, place[job], weights[order][job]), axis=1).astype(np.int32)
 
 
-ATTENTION_HEAD = 1  # tiles in use
-ATTENTION_RECORD = 5  # of a tile: first row, end, keys before its first row, first line, first block
+ATTENTION_HEAD = 1  # records in use
+# of a tile's share: first row, end, keys before its first row, first line, first block, which of how many shares
+ATTENTION_RECORD = 7
 PART_KEYS = 256  # where parts are at fixed places, they are this long
 TILE_HEIGHT = 32  # rows of a tile at most: one for each of its queries and of the heads that share a key head
+FILL = 256  # programs that keep a large GPU busy
+LEAST_SHARE = 128  # keys that are worth a program
+_MOST_SHARES = 64  # of a tile, which one program puts together
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What a model's attention is made of; of layers that differ, the widest group and the fewest key heads."""
+
+    group: int  # query heads that share a key head
+    kv: int  # key heads
+
+    def queries(self, longest: int, *, fixed: bool = False) -> int:
+        """Of a tile, at most, where no span has more than `longest` rows."""
+        return 1 if longest == 1 and not fixed else max(1, TILE_HEIGHT // self.group)
+
+    @property
+    def enough(self) -> int:
+        """Tiles that keep a large GPU busy."""
+        return max(1, FILL // (self.kv * -(-self.group // TILE_HEIGHT)))
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSize:
+    """How much of a plan a step takes, or at most any step of a bucket."""
+
+    tiles: int
+    records: int  # shares of tiles
+    lines: int  # of all shared tiles together
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """Tiles of queries of one span each, and the spans' blocks one after the other.
 
-    The rows that pad a bucket are tiles that see no key. A tile has a line for each part of its keys and query, from
-    `first line` on.
+    Most tiles are one program's for each key head. Where that would leave the device idle, or waiting for one long
+    text, a tile has several shares, each with a record, side by side. The rows that pad a bucket are tiles that see no
+    key. A shared tile has a line for each part of its keys and query, from `first line` on: a part is a share's, or at
+    a fixed place.
 
-    `[head | a record per tile | blocks]`
+    `[head | a record per share | blocks]`
     """
 
     buffer: Tensor  # [size] int32
     rows: int
-    tiles: int  # that a launch makes room for
-    lines: int  # of all tiles together
+    room: int  # for records
+    records: int  # that a launch makes room for
+    shared: bool  # whether a tile may have several
+    lines: int  # of all shared tiles together
     queries: int  # of a tile, at most
     block_size: int  # positions of a block
 
     @staticmethod
-    def sizes(rows: int, most_blocks: int) -> int:
+    def sizes(rows: int, most_blocks: int, enough: int) -> int:
         """How many int32 a bucket needs; `most_blocks` of all its spans together."""
-        return ATTENTION_HEAD + rows * ATTENTION_RECORD + most_blocks
+        return _blocks_at(rows, enough) + most_blocks
 
     @staticmethod
-    def tile_queries(group: int, longest: int, *, fixed: bool = False) -> int:
-        """Queries of a tile for groups of so many heads, where no span has more than `longest` rows."""
-        return 1 if longest == 1 and not fixed else max(1, TILE_HEIGHT // group)
+    def most(tiles: int, queries: int, enough: int) -> AttentionSize:
+        """Of a bucket of so many tiles, where parts are the shares'.
+
+        A tile that is shared has 2 parts of the length that is everyone's, `enough` of which hold all keys; so shared
+        tiles have no more than `1.5 * enough` shares together, and all of them `enough` more than there are tiles.
+        """
+        return AttentionSize(tiles, tiles + enough, 3 * enough // 2 * queries)
 
     @staticmethod
-    def most_lines(rows: int, most_blocks: int, block_size: int) -> int:
-        """The most lines of a bucket of decodes, whose spans have a row each."""
-        return rows + most_blocks * block_size // PART_KEYS
+    def most_fixed(tiles: int, enough: int, most_blocks: int, block_size: int) -> AttentionSize:
+        """Of a bucket of decodes, whose spans have a row each, where parts are at fixed places."""
+        return AttentionSize(tiles, tiles + enough, tiles + most_blocks * block_size // PART_KEYS)
 
     @staticmethod
-    def fill(out: _Ints, spans: AnySpans, rows: int, queries: int) -> tuple[int, int, int]:
-        """Write the plan for tiles of `queries` rows; how many int32, tiles and lines are in use."""
+    def fill(
+        out: _Ints, spans: AnySpans, rows: int, queries: int, enough: int, *, fixed: bool = False
+    ) -> tuple[int, AttentionSize]:
+        """Write the plan for tiles of `queries` rows; how many int32 are in use, and how much of it.
+
+        `enough` tiles keep the device busy; 0: no tile is shared.
+        """
         flat = FlatSpans.of(spans)
         tiles, blocks = _cut(_padded(flat.table, rows), queries), flat.blocks
         start, end, keys, first_block = tiles.T
-        lines = -(-keys // PART_KEYS) * (end - start)
-        records = out[ATTENTION_HEAD : ATTENTION_HEAD + ATTENTION_RECORD * len(tiles)].reshape(len(tiles), -1)
-        records[:, :2] = tiles[:, :2]
-        records[:, 2] = keys - (end - start)
-        records[:, 3] = np.cumsum(lines) - lines
-        records[:, 4] = first_block
-        out[0] = len(tiles)
-        blocks_at = ATTENTION_HEAD + rows * ATTENTION_RECORD
+        shares = _shares(keys, enough)
+        parts = -(-keys // PART_KEYS) if fixed else shares
+        lines = np.where(shares > 1, parts * (end - start), 0)
+        records_end, lines_end = np.cumsum(shares), np.cumsum(lines)  # of each tile
+        size = AttentionSize(len(tiles), int(records_end[-1]), int(lines_end[-1]))
+        used = ATTENTION_HEAD + ATTENTION_RECORD * size.records
+        records = out[ATTENTION_HEAD:used].reshape(size.records, ATTENTION_RECORD)
+        before_first = shares - records_end
+        of_tile = (start, end, keys - (end - start), lines_end - lines, first_block, before_first, shares)
+        for place, column in enumerate(of_tile):
+            records[:, place] = column if size.records == size.tiles else np.repeat(column, shares)
+        records[:, 5] += np.arange(size.records)
+        out[0] = size.records
+        blocks_at = _blocks_at(rows, enough)
         out[blocks_at : blocks_at + len(blocks)] = blocks
-        return blocks_at + len(blocks), len(tiles), int(lines.sum())
+        return blocks_at + len(blocks), size
 
     @classmethod
     def view(
         cls,
-        buffer: Tensor,  # [sizes(rows, most_blocks)] int32
+        buffer: Tensor,  # [sizes(rows, most_blocks, enough)] int32
         rows: int,
         queries: int,
+        enough: int,
         block_size: int,
-        *,
-        tiles: int,
-        lines: int,
+        size: AttentionSize,
     ) -> AttentionPlan:
-        """The plan in a device buffer; `tiles` and `lines` as `fill` gave them, or the bucket's most in a graph."""
-        assert len(buffer) >= ATTENTION_HEAD + rows * ATTENTION_RECORD
-        return cls(buffer, rows, tiles, lines, queries, block_size)
+        """The plan in a device buffer; the size as `fill` gave it, or the bucket's most in a graph."""
+        assert len(buffer) >= _blocks_at(rows, enough)
+        shared = size.records > size.tiles
+        return cls(buffer, rows, rows + enough, size.records, shared, size.lines, queries, block_size)
+
+
+def _blocks_at(rows: int, enough: int) -> int:
+    return ATTENTION_HEAD + (rows + enough) * ATTENTION_RECORD
+
+
+def _shares(keys: NDArray[np.int64], enough: int) -> NDArray[np.int64]:  # [tiles]
+    """Programs for each tile's keys: one, if it has less than twice what `enough` programs for all would have each."""
+    if not enough:
+        return np.ones_like(keys)
+    each = max(1, -(-int(keys.sum()) // (enough * LEAST_SHARE))) * LEAST_SHARE
+    return np.where(keys < 2 * each, 1, np.minimum(-(-keys // each), _MOST_SHARES))
 
 
 def _padded(spans: NDArray[np.int64], rows: int) -> NDArray[np.int64]:  # [spans, 4]

@@ -222,7 +222,7 @@ def make_runner(
     pages = min(-(-settings.max_lora_rank // PAGE_RANK), max(plan.pages.values()))
     sizes = GraphSizes(settings.max_num_seqs, plan.max_model_len, pages, settings.max_num_batched_tokens)
     groups, fixed = servable.layout.groups, settings.batch_invariant
-    layouts = sizes.layouts(groups, cache, servable.query_group, fixed)
+    layouts = sizes.layouts(groups, cache, servable.heads, fixed)
     stand_ins = of_every_kind(
         sequences=sizes.sequences,
         tokens=sizes.tokens,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernels.cpu.layer import AttentionShape
-from kernels.plans import AttentionPlan
+from kernels.plans import AttentionPlan, Heads
 from kernels.segments import Span, Spans
 from server.model.attention import AttentionLayer
 from server.model.context import ForwardContext, StepPlans, forward_context
@@ -125,10 +125,10 @@ def _alike(got: Tensor, want: Tensor, epsilon: float) -> bool:
 
 def _plans(span: Span, shape: AttentionShape, device: torch.device) -> StepPlans:
     """The tables of a step that is this span, without adapters."""
-    queries = AttentionPlan.tile_queries(shape.heads // shape.kv_heads, span.end)
-    buffer = np.zeros(AttentionPlan.sizes(span.end, len(span.blocks)), np.int32)
-    _, tiles, lines = AttentionPlan.fill(buffer, (span,), span.end, queries)
-    plan = AttentionPlan.view(
-        torch.from_numpy(buffer).to(device), span.end, queries, _TRIAL_BLOCK, tiles=tiles, lines=lines
-    )
+    heads = Heads(shape.heads // shape.kv_heads, shape.kv_heads)
+    queries, enough = heads.queries(span.end), heads.enough
+    buffer = np.zeros(AttentionPlan.sizes(span.end, len(span.blocks), enough), np.int32)
+    _, size = AttentionPlan.fill(buffer, (span,), span.end, queries, enough)
+    there = torch.from_numpy(buffer).to(device)
+    plan = AttentionPlan.view(there, span.end, queries, enough, _TRIAL_BLOCK, size)
     return StepPlans(plan, {})

@@ -68,7 +68,7 @@ class DeviceRunner:
         self.kernels = servable.kernels
         self.fixed = fixed
         self._stand_ins, self._layouts = stand_ins, layouts
-        self.group = servable.query_group
+        self.heads = servable.heads
         self._outgoing = [_Outgoing(), _Outgoing()]  # to be written and sent; on its way
         self._graphs = Graphs(self._run, layouts, servable.vocab_size, self.device) if layouts else None
 
@@ -114,7 +114,7 @@ class DeviceRunner:
         outgoing = self._outgoing[0]
         graph = self._graphs.find(inputs) if self._graphs is not None else None
         layout = (
-            graph.layout if graph else StepLayout.of(inputs, self.cache.block_size, self.group, self.fixed)
+            graph.layout if graph else StepLayout.of(inputs, self.cache.block_size, self.heads, self.fixed)
         )
         outgoing.write(inputs, layout, graph)
         return outgoing

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, cuda
 
+from kernels.plans import Heads
 from kernels.segments import FlatSpans
 from server.model.kv_cache import KVCache
 from server.model.runner import StepInputs
@@ -50,7 +51,7 @@ class GraphSizes:
         """Pages, 0 for a step without adapters."""
         return (0, *_up_to(self.pages, PAGE_CLASSES))
 
-    def layouts(self, groups: Iterable[str], cache: KVCache, group: int, fixed: bool) -> list[StepLayout]:
+    def layouts(self, groups: Iterable[str], cache: KVCache, heads: Heads, fixed: bool) -> list[StepLayout]:
         """Of every graph; the blocks of a step that shares prefixes may be more than the cache has, and are not
         captured then.
 
@@ -73,7 +74,7 @@ class GraphSizes:
                 pages=pages,
                 most_blocks=max(least_blocks, min((wanted or rows) * each, cache.blocks)),
                 block_size=cache.block_size,
-                group=group,
+                heads=heads,
                 fixed=fixed,
             )
             for rows, wanted, least_blocks in sizes

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from adapters.adapter import Layout, Site
 from adapters.page_copy import SitePages
+from kernels.plans import Heads
 from server.model.attention import IMPLEMENTATION, AttentionLayer, register
 from server.model.compiled_layer import install_compiled_layers
 from server.model.compiled_stack import install_compiled_stacks
@@ -63,9 +64,11 @@ class ServableModel:
         return int(self.model.config.get_text_config(decoder=True).vocab_size)
 
     @property
-    def query_group(self) -> int:
-        """Query heads that share a key head, in the layer where most do."""
-        return max(layer.group for layer in self.attention)
+    def heads(self) -> Heads:
+        """Of the layers' attention."""
+        return Heads(
+            max(layer.group for layer in self.attention), min(layer.kv_heads for layer in self.attention)
+        )
 
     def attach(self, pages: Sequence[SitePages]) -> None:
         """Give each group the pool's pages of its site."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from kernels.plans import FEW_ROWS, GRANULE
+from kernels.plans import FEW_ROWS, GRANULE, LEAST_SHARE
 from kernels.segments import Segment, Span
 from kernels.tiles import CROSSOVER_ROWS
 from server.model.kv_cache import PADDING_BLOCK
@@ -22,20 +22,22 @@ _LEAST_ROWS = (1, 2, *range(1 + GRANULE, CROSSOVER_ROWS + 2, GRANULE), FEW_ROWS 
 
 
 def stand_in(
-    lengths: Sequence[int],  # of texts, which are read from their start
+    lengths: Sequence[int],  # rows of each text, which are its last
     wanted: int,  # rows whose logits are asked for, from the first on
     *,
     groups: Iterable[str],
     pages: int,  # of every text's adapter; 0: none has one
     block_size: int,
+    least: int = 0,  # keys of each text
 ) -> StepInputs:
-    """A step of texts, each with an adapter of its own."""
+    """A step of texts, each with an adapter of its own, and read from its start unless more keys are wanted."""
     rows = sum(lengths)
     zeros = np.zeros(rows, np.int64)
     starts = (np.cumsum(lengths) - lengths).tolist()
     spans = [
-        Span(start, start + length, length, (PADDING_BLOCK,) * -(-length // block_size))
+        Span(start, start + length, keys, (PADDING_BLOCK,) * -(-keys // block_size))
         for start, length in zip(starts, lengths, strict=True)
+        for keys in (max(length, least),)
     ]
     segments = tuple(Segment(span.start, span.end, (0,) * pages, (1.0,) * pages) for span in spans)
     return StepInputs(
@@ -58,21 +60,21 @@ def of_every_kind(
 ) -> list[StepInputs]:
     """Steps that between them need every kernel that any other could, the largest first.
 
-    Beside how many rows there are, kernels differ by whether tiles are so many that their keys, or their inputs, are
-    not shared out: one text has the fewest tiles, as many texts as there can be have the most.
+    Beside how many rows there are, kernels differ by whether keys or inputs are shared out among programs: those of one
+    text are, those of as many as there can be are not.
     """
     names = list(groups)
-    most = [([1] * min(sequences, tokens), pages)]
+    most = [([1] * min(sequences, tokens), pages, 0)]
     if tokens > 1:  # in one step with a prompt tiles are higher
         others = min(sequences, tokens - 1) - 1
-        most.insert(0, ([tokens - others, *[1] * others], pages))
+        most.insert(0, ([tokens - others, *[1] * others], pages, 0))
     few = [
-        ([rows], held)
+        ([rows], held, 2 * LEAST_SHARE)
         for rows in reversed(_LEAST_ROWS)
         if rows <= tokens
         for held in range(min(pages, 1), -1, -1)
     ]
     return [
-        stand_in(lengths, 1, groups=names, pages=held, block_size=block_size)
-        for lengths, held in (*most, *few)
+        stand_in(lengths, 1, groups=names, pages=held, block_size=block_size, least=keys)
+        for lengths, held, keys in (*most, *few)
     ]

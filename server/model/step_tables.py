@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.plans import AttentionPlan, DeltaPlan
+from kernels.plans import AttentionPlan, AttentionSize, DeltaPlan, Heads
 from kernels.segments import FlatSpans, Segment
 from server.model.context import StepPlans
 from server.model.kv_cache import PADDING_BLOCK
@@ -28,8 +28,7 @@ class Filled:
     size: int
     segments: Mapping[str, Sequence[Segment]]
     deltas: Mapping[str, int]
-    attention_tiles: int
-    attention_lines: int
+    attention: AttentionSize
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +52,12 @@ class StepLayout:
     most_blocks: int  # of all spans together
     block_size: int
     queries: int  # of an attention tile
+    enough: int  # attention tiles that keep the device busy; 0: their keys are not shared
     fixed: bool  # whether plans are those of batch-invariant kernels
 
     @classmethod
-    def of(cls, inputs: StepInputs, block_size: int, group: int, fixed: bool) -> StepLayout:
-        """Just as large as the step; `group` query heads share a key head."""
+    def of(cls, inputs: StepInputs, block_size: int, heads: Heads, fixed: bool) -> StepLayout:
+        """Just as large as the step."""
         spans = FlatSpans.of(inputs.spans)
         start, end, *_ = spans.table.T
         longest = int((end - start).max(initial=1))
@@ -67,7 +67,8 @@ class StepLayout:
             most_pages={g: max(len(s.pages) for s in segments) for g, segments in inputs.segments.items() if segments},
             most_blocks=len(spans.blocks),
             block_size=block_size,
-            queries=AttentionPlan.tile_queries(group, longest, fixed=fixed),
+            queries=heads.queries(longest, fixed=fixed),
+            enough=heads.enough,
             fixed=fixed,
         )  # fmt: skip
 
@@ -81,17 +82,24 @@ class StepLayout:
         pages: int,  # of a segment, at most; 0: without adapters
         most_blocks: int,
         block_size: int,
-        group: int,
+        heads: Heads,
         fixed: bool,
     ) -> StepLayout:
-        """The largest step of a graph; `group` query heads share a key head."""
+        """The largest step of a graph.
+
+        Whether keys may be shared is compiled in. In a step of many prompts they are not: the kernel that could takes
+        more registers.
+        """
+        queries = heads.queries(1 if wanted is None else rows, fixed=fixed)
+        few = wanted is None or rows // queries < heads.enough
         return cls(
             rows=rows,
             wanted=wanted,
             most_pages=dict.fromkeys(groups, pages) if pages else {},
             most_blocks=most_blocks,
             block_size=block_size,
-            queries=AttentionPlan.tile_queries(group, 1 if wanted is None else rows, fixed=fixed),
+            queries=queries,
+            enough=heads.enough if few else 0,
             fixed=fixed,
         )
 
@@ -104,6 +112,13 @@ class StepLayout:
     def most_tiles(self) -> int:
         """Attention's, of any step that fits: each span has one that is not full, and so has what only pads."""
         return min(self.rows, self.rows // self.queries + self.logits + 1)
+
+    @property
+    def most_attention(self) -> AttentionSize:
+        """Of any step that fits; with `fixed`, of decodes."""
+        if self.fixed:
+            return AttentionPlan.most_fixed(self.most_tiles, self.enough, self.most_blocks, self.block_size)
+        return AttentionPlan.most(self.most_tiles, self.queries, self.enough)
 
     @cached_property
     def _places(self) -> dict[str | None, int]:
@@ -118,7 +133,7 @@ class StepLayout:
     @property
     def size(self) -> int:
         """How many int32 the buffer needs."""
-        return self._places[None] + AttentionPlan.sizes(self.rows, self.most_blocks)
+        return self._places[None] + AttentionPlan.sizes(self.rows, self.most_blocks, self.enough)
 
     def fill(self, out: NDArray[np.int32], inputs: StepInputs, before: Filled | None = None) -> Filled:
         """Write a step that is no larger than this; rows that only pad read token 0 and write to the padding block.
@@ -145,11 +160,10 @@ class StepLayout:
         else:
             deltas = self._fill_deltas(out, inputs.segments)
         start = self._places[None]
-        size = AttentionPlan.sizes(self.rows, self.most_blocks)
-        used, tiles, lines = AttentionPlan.fill(
-            out[start : start + size], inputs.spans, self.rows, self.queries
+        used, attention = AttentionPlan.fill(
+            out[start : self.size], inputs.spans, self.rows, self.queries, self.enough, fixed=self.fixed
         )
-        return Filled(start + used, inputs.segments, deltas, tiles, lines)
+        return Filled(start + used, inputs.segments, deltas, attention)
 
     def _fill_deltas(
         self, out: NDArray[np.int32], segments: Mapping[str, Sequence[Segment]]
@@ -190,14 +204,13 @@ class StepLayout:
             )
             for group, most in self.most_pages.items()
         }
-        lines = AttentionPlan.most_lines(self.rows, self.most_blocks, self.block_size)
         attention = AttentionPlan.view(
             buffer[self._places[None] :],
             self.rows,
             self.queries,
+            self.enough,
             self.block_size,
-            tiles=filled.attention_tiles if filled else self.most_tiles,
-            lines=filled.attention_lines if filled else lines,
+            filled.attention if filled else self.most_attention,
         )
         return StepTensors(rows[0], rows[1], rows[2], wanted, StepPlans(attention, deltas))
 

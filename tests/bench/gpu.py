@@ -78,7 +78,8 @@ class Plan:
 def full(device: torch.device) -> Plan:
     return Plan(
         shape=LLAMA_8B, device=device, rows=ROWS, batches=(1, 8, 32, 64, 128), main_batch=32,
-        attended=(Case(1, 1, 1024), Case(32, 1, 1024), Case(128, 1, 1024), Case(1, 2048, 2048), Case(4, 512, 2048)),
+        attended=(Case(1, 1, 1024), Case(32, 1, 1024), Case(128, 1, 1024), Case(32, 1, 1024, 65536),
+                  Case(1, 2048, 2048), Case(4, 512, 2048)),
         distinct=((32, 1), (32, 8), (32, 32), (64, 64)), layers=8, context=1024, prompts=(128, 512, 2048), steps=30,
         warm_up=3, peft_steps=6, rank_loaded=32, repeats=5, streams=8, quiet_tokens=400, copy_bytes=2 << 30,
         most_seconds=MOST_SECONDS,
@@ -88,8 +89,8 @@ def full(device: torch.device) -> Plan:
 def dry() -> Plan:
     return Plan(
         shape=TINY, device=torch.device("cpu"), rows=(1,), batches=(2,), main_batch=2,
-        attended=(Case(1, 1, 3),), distinct=((2, 2),), layers=1, context=3, prompts=(3, 4), steps=1, warm_up=0,
-        peft_steps=3, rank_loaded=4, repeats=1, streams=1, quiet_tokens=1, copy_bytes=1 << 20,
+        attended=(Case(1, 1, 3), Case(2, 1, 3, 300)), distinct=((2, 2),), layers=1, context=3, prompts=(3, 4), steps=1,
+        warm_up=0, peft_steps=3, rank_loaded=4, repeats=1, streams=1, quiet_tokens=1, copy_bytes=1 << 20,
         most_seconds=math.inf,
     )  # fmt: skip
 
@@ -176,8 +177,8 @@ class Bench:
         """Ours and torch's `varlen_attn`, of which neither softcap nor sinks can be asked."""
         for case in self.plan.attended:
             ours, theirs = attention_seconds(self.shape, case, self.device)
-            name = f"{case.sequences}x{case.queries}/{case.keys}"
-            floor = case.sequences * case.keys * self.position_bytes / self.shape.layers / self.bandwidth
+            name = str(case)
+            floor = sum(case.lengths) * self.position_bytes / self.shape.layers / self.bandwidth
             self.note("attention", ("ours", name), ours, floor)
             if isinstance(theirs, str):
                 print(f"varlen_attn {name}: {theirs}", flush=True)

@@ -6,15 +6,16 @@ Each walks over copies of the cache that no L2 holds, in a CUDA graph. Knows no 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kernels.attention import attention
-from kernels.plans import AttentionPlan
+from kernels.plans import AttentionPlan, Heads
 from kernels.segments import Span
 from kernels.workspace import Workspace
 from tests.bench.gpu_timing import captured, copies_of, rotating
@@ -25,11 +26,20 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Case:
-    """So many sequences of `keys` positions, whose last `queries` are asked about."""
+    """So many sequences of `keys` positions, whose last `queries` are asked about; the last may be a longer one."""
 
     sequences: int
     queries: int
     keys: int
+    longest: int = 0
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.keys] * (self.sequences - 1) + [max(self.keys, self.longest)]
+
+    def __str__(self) -> str:
+        longer = f"+{self.longest}" if self.longest else ""
+        return f"{self.sequences}x{self.queries}/{self.keys}{longer}"
 
 
 @torch.inference_mode()
@@ -50,8 +60,8 @@ def attention_seconds(shape: Shape, case: Case, device: torch.device) -> tuple[f
 class _Work:
     def __init__(self, shape: Shape, case: Case, device: torch.device) -> None:
         width = shape.hidden // shape.heads
-        each = -(-case.keys // BLOCK)
-        positions = (case.sequences * each + 1) * BLOCK
+        needed = [-(-keys // BLOCK) for keys in case.lengths]
+        positions = (sum(needed) + 1) * BLOCK
         rows = case.sequences * case.queries
         self.case, self.device = case, device
         nbytes = positions * shape.kv_heads * width * 4
@@ -60,23 +70,23 @@ class _Work:
         self.caches = torch.randn(size, device=device, dtype=torch.bfloat16)
         self.q = torch.randn(rows, shape.heads, width, device=device, dtype=torch.bfloat16)
         self.scale, self.workspace = width**-0.5, Workspace(device)
-        blocks = torch.arange(1, case.sequences * each + 1, dtype=torch.int32).view(case.sequences, each)
-        self.plan = self._plan(shape.heads // shape.kv_heads, blocks)
-        self.table = blocks.to(device)
-        self.used = torch.full((case.sequences,), case.keys, dtype=torch.int32, device=device)
+        blocks = torch.arange(1, sum(needed) + 1, dtype=torch.int32).split(needed)
+        self.plan = self._plan(Heads(shape.heads // shape.kv_heads, shape.kv_heads), blocks)
+        self.table = pad_sequence(list(blocks), batch_first=True).to(device)
+        self.used = torch.tensor(case.lengths, dtype=torch.int32, device=device)
         self.starts = torch.arange(0, rows + 1, case.queries, dtype=torch.int32, device=device)
 
-    def _plan(self, group: int, table: Tensor) -> AttentionPlan:
+    def _plan(self, heads: Heads, tables: Sequence[Tensor]) -> AttentionPlan:
         count = self.case.queries
         spans = [
-            Span(number * count, (number + 1) * count, self.case.keys, tuple(blocks))
-            for number, blocks in enumerate(table.tolist())
+            Span(number * count, (number + 1) * count, keys, tuple(blocks.tolist()))
+            for number, (keys, blocks) in enumerate(zip(self.case.lengths, tables, strict=True))
         ]
-        queries = AttentionPlan.tile_queries(group, count)
-        host = np.zeros(AttentionPlan.sizes(len(self.q), table.numel()), np.int32)
-        _, tiles, lines = AttentionPlan.fill(host, spans, len(self.q), queries)
+        rows, queries, enough = len(self.q), heads.queries(count), heads.enough
+        host = np.zeros(AttentionPlan.sizes(rows, sum(map(len, tables)), enough), np.int32)
+        _, size = AttentionPlan.fill(host, spans, rows, queries, enough)
         buffer = torch.from_numpy(host).to(self.device)
-        return AttentionPlan.view(buffer, len(self.q), queries, BLOCK, tiles=tiles, lines=lines)
+        return AttentionPlan.view(buffer, rows, queries, enough, BLOCK, size)
 
     def ours(self, copy: int) -> Tensor:
         k, v = self.caches[copy]
@@ -90,7 +100,7 @@ class _Work:
         k, v = (cache.unflatten(0, (-1, BLOCK)) for cache in self.caches[copy])
         asked = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
         found = varlen_attn(  # torch 2.11 has the block table, and no word for heads that share keys
-            self.q, k, v, self.starts, None, self.case.queries, self.case.keys, scale=self.scale,
+            self.q, k, v, self.starts, None, self.case.queries, max(self.case.lengths), scale=self.scale,
             window_size=(-1, 0), seqused_k=self.used, block_table=self.table, **asked,
         )  # fmt: skip
         assert isinstance(found, Tensor)

@@ -137,7 +137,7 @@ class Engine:
             pages=pages,
             most_blocks=max(rows, self.cache.blocks),
             block_size=BLOCK,
-            group=self.servable.query_group,
+            heads=self.servable.heads,
             fixed=fixed,
         )
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.plans import AttentionPlan, DeltaPlan
+from kernels.plans import AttentionPlan, AttentionSize, DeltaPlan
 from kernels.segments import Segment, Spans
 from kernels.workspace import Workspace
 from server.model.context import ForwardContext, StepPlans, forward_context
@@ -133,4 +133,5 @@ def plan_of(rows: int, distinct: int, device: torch.device, fixed: bool) -> Delt
 
 
 def _no_attention(device: torch.device) -> AttentionPlan:
-    return AttentionPlan(torch.zeros(1, dtype=torch.int32, device=device), 0, 0, 0, 1, 16)
+    none = torch.zeros(1, dtype=torch.int32, device=device)
+    return AttentionPlan.view(none, 0, 1, 0, 16, AttentionSize(0, 0, 0))

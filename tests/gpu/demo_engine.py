@@ -76,7 +76,7 @@ def _runner(servable: ServableModel, cache: KVCache, fixed: bool) -> Runner | De
     if not servable.kernels.planned:
         return Runner(servable, cache)
     sizes = GraphSizes(SEQUENCES, length=512, pages=1)
-    layouts = sizes.layouts(servable.layout.groups, cache, servable.query_group, fixed)
+    layouts = sizes.layouts(servable.layout.groups, cache, servable.heads, fixed)
     runner = DeviceRunner(servable, cache, layouts=layouts, fixed=fixed)
     runner.capture(lambda done, total: None)
     return runner

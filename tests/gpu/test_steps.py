@@ -75,7 +75,7 @@ def test_a_replay_equals_the_step_as_it_comes_in_every_bucket():
 def test_the_engines_own_sizes_are_captured():
     engine = engine_of(False)
     sizes = GraphSizes(sequences=5, length=CONTEXT, pages=4)
-    layouts = sizes.layouts(engine.servable.layout.groups, engine.cache, engine.servable.query_group, False)
+    layouts = sizes.layouts(engine.servable.layout.groups, engine.cache, engine.servable.heads, False)
     runner = DeviceRunner(engine.servable, engine.cache, layouts=layouts)
     told = []
     runner.capture(lambda done, total: told.append(done))
@@ -113,7 +113,7 @@ def test_prompts_are_replayed_as_they_come(adapted):
     """Prompts, ends of prompts and decodes in one step, padded to a bucket of each kind of product."""
     engine = engine_of(False)
     sizes = GraphSizes(sequences=6, length=CONTEXT, pages=1, tokens=256)
-    layouts = sizes.layouts(engine.servable.layout.groups, engine.cache, engine.servable.query_group, False)
+    layouts = sizes.layouts(engine.servable.layout.groups, engine.cache, engine.servable.heads, False)
     runner = DeviceRunner(engine.servable, engine.cache, layouts=layouts)
     runner.capture(lambda done, total: None)
     loose = DeviceRunner(engine.servable, engine.cache)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels import plans
-from kernels.plans import AttentionPlan, DeltaPlan
+from kernels.plans import AttentionPlan, DeltaPlan, Heads
 from kernels.segments import KV_TILE, Span, Spans, segments_of
 
 BLENDS = [((), ()), ((0,), (1.0,)), ((0,), (0.5,)), ((1, 2), (1.0, 1.0)), ((2, 1), (1.0, 1.0))]
@@ -115,31 +115,37 @@ def test_every_row_is_in_one_tile_per_page_and_every_job_is_found(rows, padding,
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 600)), max_size=6),
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3000)), max_size=6),
     st.integers(0, 9),
     st.integers(1, 8),
+    st.integers(0, 40),
+    st.booleans(),
 )
-def test_every_query_is_in_one_tile(chunks, padding, queries):
-    """Tiles hold the rows of one span; the padding's see no key; lines are numbered apart."""
+def test_every_query_is_in_one_tile(chunks, padding, queries, enough, fixed):
+    """Tiles hold the rows of one span; the padding's see no key; shares lie side by side; lines are numbered apart."""
     spans, start, block = [], 0, 0
     for count, before in chunks:
         held = -(-(before + count) // 16)
         spans.append(Span(start, start + count, before + count, range(block, block + held)))
         start, block = start + count, block + held
     rows = max(1, start + padding)
-    out = np.full(AttentionPlan.sizes(rows, block + 3), -1, np.int32)
-    used, tiles, lines = AttentionPlan.fill(out, spans, rows, queries)
+    out = np.full(AttentionPlan.sizes(rows, block + 3, enough), -1, np.int32)
+    used, size = AttentionPlan.fill(out, spans, rows, queries, enough, fixed=fixed)
     assert (out[used:] == -1).all(), "written past what is in use"
-    records = out[plans.ATTENTION_HEAD : plans.ATTENTION_HEAD + tiles * plans.ATTENTION_RECORD].reshape(
-        tiles, -1
-    )
-    blocks = out[plans.ATTENTION_HEAD + rows * plans.ATTENTION_RECORD : used]
-    assert out[0] == tiles
-    next_row = next_line = 0
-    for row, end, before, line, first_block in records.tolist():
+    records_end = plans.ATTENTION_HEAD + size.records * plans.ATTENTION_RECORD
+    records = out[plans.ATTENTION_HEAD : records_end].reshape(size.records, -1).tolist()
+    blocks = out[plans.ATTENTION_HEAD + (rows + enough) * plans.ATTENTION_RECORD : used]
+    assert out[0] == size.records
+    assert len({tuple(record[:2]) for record in records}) == size.tiles
+    next_row = next_line = at = 0
+    while at < len(records):
+        row, end, before, line, first_block, _, shares = records[at]
+        same = [row, end, before, line, first_block]
+        assert records[at : at + shares] == [[*same, share, shares] for share in range(shares)]
         assert (row, line) == (next_row, next_line)
         assert row < end <= row + queries
-        next_row, next_line = end, line - (-(before + end - row) // plans.PART_KEYS) * (end - row)
+        parts = -(-(before + end - row) // plans.PART_KEYS) if fixed else shares
+        at, next_row, next_line = at + shares, end, line + (parts * (end - row) if shares > 1 else 0)
         span = next((span for span in spans if span.start <= row < span.end), None)
         if span is None:
             assert before + end - row == 0
@@ -147,4 +153,42 @@ def test_every_query_is_in_one_tile(chunks, padding, queries):
         assert end <= span.end
         assert before == span.kv_length - span.end + row
         assert blocks[first_block : first_block + len(span.blocks)].tolist() == list(span.blocks)
-    assert (next_row, next_line) == (rows, lines)
+    assert (next_row, next_line) == (rows, size.lines)
+
+
+def shares_of(lengths, enough):
+    """Of decodes at the end of texts of so many keys."""
+    spans = [Span(row, row + 1, keys, (0,)) for row, keys in enumerate(lengths)]
+    out = np.zeros(AttentionPlan.sizes(len(lengths), len(lengths), enough), np.int32)
+    _, size = AttentionPlan.fill(out, spans, len(lengths), 1, enough)
+    end = plans.ATTENTION_HEAD + size.records * plans.ATTENTION_RECORD
+    records = out[plans.ATTENTION_HEAD : end].reshape(-1, plans.ATTENTION_RECORD)
+    return [int(records[records[:, 0] == row][0, 6]) for row in range(len(lengths))]
+
+
+def test_a_long_text_does_not_keep_a_step_waiting():
+    """No program has twice what it would have if all had as much, or 128 keys; what is as long as others is whole."""
+    assert shares_of([1024] * 32, 32) == [1] * 32
+    assert shares_of([1024] * 16, 32) == [2] * 16
+    assert shares_of([1024], 32) == [8]
+    assert shares_of([100_000], 32) == [32]
+    assert shares_of([100_000, *[1000] * 31], 32) == [25, *[1] * 31]
+    assert shares_of([5000, *[1000] * 255], 32) == [1] * 256
+    assert shares_of([100_000], 256) == [64], "more are not put together by one program"
+    assert shares_of([100_000, 5], 0) == [1, 1], "a plan that shares nothing"
+
+
+@given(st.lists(st.integers(1, 200_000), min_size=1, max_size=40), st.integers(1, 64))
+def test_no_program_has_more_than_twice_its_part(lengths, enough):
+    fair = max(plans.LEAST_SHARE, sum(lengths) / enough)
+    for keys, shares in zip(lengths, shares_of(lengths, enough), strict=True):
+        assert keys / shares < 2 * (fair + plans.LEAST_SHARE)
+
+
+def test_heads_that_fill_a_device():
+    assert Heads(4, 8).enough == 32
+    assert Heads(1, 40).enough == 6
+    assert Heads(40, 1).enough == 128, "two tiles for one key head"
+    assert Heads(1, 500).enough == 1
+    assert (Heads(4, 8).queries(1), Heads(4, 8).queries(2), Heads(4, 8).queries(1, fixed=True)) == (1, 8, 8)
+    assert Heads(40, 1).queries(9) == 1

@@ -6,13 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.plans import AttentionPlan, DeltaPlan
+from kernels.plans import AttentionPlan, DeltaPlan, Heads
 from kernels.segments import Segment, Span
 from server.model.kv_cache import PADDING_BLOCK
 from server.model.runner import StepInputs
 from server.model.step_tables import StepLayout
 
-BLOCK = 16
+BLOCK, ENOUGH = 16, 4
 SEGMENTS = (Segment(0, 1, (4,), (1.0,)), Segment(1, 3, (2, 0), (0.5, 1.0)))
 
 
@@ -30,12 +30,12 @@ def filled(layout, inputs):
 
 
 def bucket(groups, pages=2, rows=8):
-    return StepLayout(rows, None, dict.fromkeys(groups, pages), 40, BLOCK, 1, False)
+    return StepLayout(rows, None, dict.fromkeys(groups, pages), 40, BLOCK, 1, ENOUGH, False)
 
 
 def test_a_step_as_large_as_its_layout():
     inputs = step({"qkv": SEGMENTS, "o": ()})
-    layout = StepLayout.of(inputs, BLOCK, group=4, fixed=False)
+    layout = StepLayout.of(inputs, BLOCK, Heads(4, 64), fixed=False)
     assert (layout.rows, layout.wanted, layout.most_pages, layout.most_blocks) == (3, 3, {"qkv": 2}, 6)
     out, used = filled(layout, inputs)
     tensors = layout.view(torch.from_numpy(out), used)
@@ -55,7 +55,7 @@ def test_the_rows_that_pad_a_bucket_are_nobodys():
     assert tensors.kv_index.tolist()[3:] == [PADDING_BLOCK * BLOCK] * 5
     assert tensors.logits_rows is None
     plans = tensors.plans
-    assert (plans.attention.rows, plans.attention.tiles) == (8, 8)
+    assert (plans.attention.rows, plans.attention.records) == (8, 8 + ENOUGH)
     assert (plans.deltas["qkv"].rows, plans.deltas["qkv"].most_pages) == (8, 2)
 
 
@@ -96,7 +96,9 @@ def test_plans_of_the_same_segments_are_left_as_they_are():
 )
 def test_plans_begin_where_16_bytes_do(rows, wanted, pages):
     """On a device a buffer does; Triton would compile kernels again for other addresses."""
-    layout = StepLayout(rows, wanted, {f"g{n}": most for n, most in enumerate(pages)}, 40, BLOCK, 1, False)
+    layout = StepLayout(
+        rows, wanted, {f"g{n}": most for n, most in enumerate(pages)}, 40, BLOCK, 1, ENOUGH, False
+    )
     assert len(layout._places) == len(pages) + 1
     assert all(place % 4 == 0 for place in layout._places.values())
 
@@ -105,28 +107,42 @@ def test_attention_comes_last_for_its_end_varies_most():
     layout = bucket(["qkv"])
     inputs = step({"qkv": SEGMENTS})
     out, used = filled(layout, inputs)
-    want = np.zeros(AttentionPlan.sizes(8, 40), np.int32)
-    count, tiles, lines = AttentionPlan.fill(want, inputs.spans, 8, 1)
+    want = np.full(AttentionPlan.sizes(8, 40, ENOUGH), -(2**30), np.int32)
+    count, size = AttentionPlan.fill(want, inputs.spans, 8, 1, ENOUGH)
     assert out[used.size - count : used.size].tolist() == want[:count].tolist()
-    assert (used.attention_tiles, used.attention_lines) == (tiles, lines)
+    assert used.attention == size
 
 
 def test_what_is_not_asked_for_is_the_first_row():
-    layout = StepLayout(8, 5, {}, 40, BLOCK, 1, False)
+    layout = StepLayout(8, 5, {}, 40, BLOCK, 1, ENOUGH, False)
     inputs = step({})
     out = np.full(layout.size, -7, np.int32)
     layout.fill(out, inputs)
     wanted = layout.view(torch.from_numpy(out)).logits_rows.tolist()
     assert wanted == [*inputs.logits_rows.tolist(), *[0] * (5 - len(inputs.logits_rows))]
-    assert (layout.logits, StepLayout(8, None, {}, 40, BLOCK, 1, False).logits) == (5, 8)
+    assert (layout.logits, StepLayout(8, None, {}, 40, BLOCK, 1, ENOUGH, False).logits) == (5, 8)
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(0, 30), st.sampled_from([1, 8, 32]))
-def test_a_bucket_has_room_for_every_tile(counts, padding, queries):
-    rows = sum(counts) + padding
-    ends = np.cumsum(counts).tolist()
-    spans = [Span(end - count, end, count, (1, 2, 3)) for count, end in zip(counts, ends, strict=True)]
-    layout = StepLayout(rows, min(rows, len(counts)), {}, 3 * len(counts), BLOCK, queries, False)
-    out = np.zeros(AttentionPlan.sizes(rows, layout.most_blocks), np.int32)
-    _, tiles, _ = AttentionPlan.fill(out, spans, rows, queries)
-    assert tiles <= layout.most_tiles <= rows
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 5000)), min_size=1, max_size=9),
+    st.integers(0, 30),
+    st.sampled_from([1, 8, 32]),
+    st.integers(0, 40),
+    st.booleans(),
+)
+def test_a_bucket_has_room_for_every_share(chunks, padding, queries, enough, fixed):
+    if fixed:  # of which decodes alone are captured
+        chunks = [(1, before) for _, before in chunks]
+    ends = np.cumsum([count for count, _ in chunks]).tolist()
+    held = [-(-(count + before) // BLOCK) for count, before in chunks]
+    spans = [
+        Span(end - count, end, count + before, range(blocks))
+        for (count, before), end, blocks in zip(chunks, ends, held, strict=True)
+    ]
+    rows, wanted, zeros = ends[-1] + padding, len(chunks), np.zeros(ends[-1], np.int64)
+    layout = StepLayout(rows, wanted, {}, sum(held) + padding, BLOCK, queries, enough, fixed)
+    inputs = StepInputs(zeros, zeros, zeros, np.arange(wanted), spans, {})
+    used, most = filled(layout, inputs)[1].attention, layout.most_attention
+    assert used.tiles <= most.tiles == layout.most_tiles <= rows
+    assert used.records <= most.records
+    assert used.lines <= most.lines

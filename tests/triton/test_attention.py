@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from kernels import attention as kernel
-from kernels import reference
-from kernels.plans import AttentionPlan
+from kernels import plans, reference
+from kernels.plans import AttentionPlan, Heads
 from kernels.segments import KV_TILE, Span, Spans
 from kernels.workspace import Workspace
 from tests.kernels.naive import attention, relative_error
@@ -18,6 +18,7 @@ CHUNKS = {
     "prompt": [(1, 1), (19, 19)],
     "chunk": [(7, 290)],
     "mixed": [(1, 140), (9, 20), (1, 5)],
+    "one is long": [(1, 20), (1, 600), (1, 3), (1, 40)],
 }
 HEADS = {"one to one": (2, 2), "grouped": (6, 2), "one for all": (4, 1), "many for one": (40, 1)}
 
@@ -48,20 +49,16 @@ class Step:
         """The step's plan, or one of a bucket of decodes: `room` blocks, and a tile for every row."""
         rows, held = len(self.q), sum(len(span.blocks) for span in self.spans)
         longest = max(span.end - span.start for span in self.spans)
-        group = self.q.shape[1] // self.kv_heads
-        queries = AttentionPlan.tile_queries(group, longest, fixed=fixed)
-        table = np.full(AttentionPlan.sizes(rows, room or held), -(2**30), np.int32)
-        _, tiles, lines = AttentionPlan.fill(table, self.spans, rows, queries)
-        if room is not None:
-            tiles, lines = rows, AttentionPlan.most_lines(rows, room, self.block_size)
-        return AttentionPlan.view(
-            torch.from_numpy(table).to(torch.get_default_device()),
-            rows,
-            queries,
-            self.block_size,
-            tiles=tiles,
-            lines=lines,
-        )
+        heads = Heads(self.q.shape[1] // self.kv_heads, self.kv_heads)
+        queries, enough = heads.queries(longest, fixed=fixed), heads.enough
+        table = np.full(AttentionPlan.sizes(rows, room or held, enough), -(2**30), np.int32)
+        _, size = AttentionPlan.fill(table, self.spans, rows, queries, enough, fixed=fixed)
+        if room is not None and fixed:
+            size = AttentionPlan.most_fixed(rows, enough, room, self.block_size)
+        elif room is not None:
+            size = AttentionPlan.most(rows, queries, enough)
+        buffer = torch.from_numpy(table).to(torch.get_default_device())
+        return AttentionPlan.view(buffer, rows, queries, enough, self.block_size, size)
 
     def ours(self, workspace=None, *, room=None, fixed=False, **asked):
         workspace = workspace or Workspace(torch.get_default_device())
@@ -88,8 +85,8 @@ class Step:
 
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch):
-    """A GPU of 8 programs: keys are shared out where a step has fewer tiles than that."""
-    monkeypatch.setattr(kernel, "_FILL", 8)
+    """A GPU of 8 programs: keys are shared out where a step has fewer tiles than that, or a text is long."""
+    monkeypatch.setattr(plans, "FILL", 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -151,7 +148,7 @@ def test_fixed_a_rows_bits_are_its_own(monkeypatch, window):
     together = step.ours(fixed=True, window=window)[1:]
     q, (_, span) = step.q[1:], step.spans
     for first, last, fill in [(0, 1, 8), (11, 12, 1), (2, 9, 32)]:
-        monkeypatch.setattr(kernel, "_FILL", fill)
+        monkeypatch.setattr(plans, "FILL", fill)
         step.q = q[first:last]
         step.spans = [Span(0, last - first, 278 + last, span.blocks)]
         assert torch.equal(step.ours(fixed=True, window=window), together[first:last])

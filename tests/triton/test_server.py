@@ -94,7 +94,7 @@ def decodes(lengths, groups, adapters=True):
 
 def device_runner(servable, sizes=None, fixed=False):
     cache = cache_of(servable)
-    layouts = sizes.layouts(servable.layout.groups, cache, servable.query_group, fixed) if sizes else ()
+    layouts = sizes.layouts(servable.layout.groups, cache, servable.heads, fixed) if sizes else ()
     return DeviceRunner(servable, cache, layouts=layouts, fixed=fixed)
 
 
@@ -220,7 +220,7 @@ def test_steps_are_run_as_they_come_before_any_is_captured(folder, cuda):
     """So that what only they need is compiled before the server is ready, also where nothing is captured."""
     servable = servable_of(folder, cuda_kernels(CPU, fixed=False))
     groups, cache = list(servable.layout.groups), cache_of(servable)
-    layouts = GraphSizes(sequences=1, length=40, pages=0).layouts(groups, cache, servable.query_group, False)
+    layouts = GraphSizes(sequences=1, length=40, pages=0).layouts(groups, cache, servable.heads, False)
     steps = of_every_kind(sequences=2, tokens=3, pages=1, groups=groups, block_size=BLOCK)
     assert [(len(s.token_ids), len(s.spans), bool(s.segments)) for s in steps] == [
         (3, 2, True), (2, 2, True), (2, 1, True), (2, 1, False), (1, 1, True), (1, 1, False)
@@ -279,7 +279,7 @@ def test_which_prompts_are_replayed(folder, cuda):
     assert prompt(5, wanted=3) is None, "as many logits as a prompt's logprobs want"
     assert prompt(3, 3, 3) is None, "more sequences than the server runs"
     assert prompt(5, 5, adapters=True) is None, "an adapter of two pages was not captured"
-    fixed = sizes.layouts(groups, runner.cache, servable.query_group, True)
+    fixed = sizes.layouts(groups, runner.cache, servable.heads, True)
     assert all(layout.wanted is None for layout in fixed)
 
 

@@ -15,11 +15,13 @@ from tests.triton.machine_code import Machine, Request, machine_code
 CHIPS = [80, 90]
 HEIGHTS = [16, 64]
 SMALLEST_SHARED = 99 * 1024  # bytes a program may have on the Ampere and Ada chips that have the least
-# rows of a tile, whether programs share its keys, keys of a part at a fixed place
-DECODE, FILLED, PROMPT, FIXED = (16, True, 0), (16, False, 0), (32, False, 0), (32, True, 256)
+# rows of a tile, whether programs may share its keys, keys of a part at a fixed place
+DECODE, FILLED, PROMPT = (16, True, 0), (16, False, 0), (32, False, 0)
+FEW, FIXED = (32, True, 0), (32, True, 256)
 ATTENTIONS = [
-    (128, DECODE, 80), (128, FILLED, 80), (128, PROMPT, 80), (256, DECODE, 80),
-    (64, DECODE, 90), (128, DECODE, 90), (128, FILLED, 90), (128, PROMPT, 90), (128, FIXED, 90), (256, PROMPT, 90),
+    (128, DECODE, 80), (128, FILLED, 80), (128, PROMPT, 80), (128, FEW, 80), (256, DECODE, 80), (256, FIXED, 80),
+    (64, DECODE, 90), (128, DECODE, 90), (128, FILLED, 90), (128, PROMPT, 90), (128, FEW, 90), (128, FIXED, 90),
+    (256, PROMPT, 90),
 ]  # fmt: skip
 FLOAT32_ATTENTIONS = [
     (64, DECODE, 90), (128, PROMPT, 80), (128, PROMPT, 90), (256, DECODE, 90), (256, PROMPT, 80), (256, PROMPT, 90),
@@ -65,7 +67,7 @@ def attention(
     keys, warps, stages = turns(height, width, width, {"bf16": 2, "fp32": 4}[dtype])
     arguments = dict.fromkeys(("out", "q", "k_cache", "v_cache"), f"*{dtype}")
     arguments |= {"plan": "*i32", "planes": "*fp32", "counters": "*i32", "scale": "fp32", "softcap": "fp32"}
-    arguments |= {"q_row": "i32:16", "q_head": "i32:16", "rows": "i32"}
+    arguments |= {"q_row": "i32:16", "q_head": "i32:16", "room": "i32"}
     constants = {"sinks": None, "KV_HEADS": 8, "GROUP": 4, "HEADS": 4, "HEIGHT": height}
     constants |= {"QUERIES": 1 if height == 16 else 8, "K_WIDTH": width, "V_WIDTH": width, "K_ROOM": width}
     constants |= {"V_ROOM": width, "BLOCK_SIZE": 16, "KEYS": keys, "PART": part, "SHARED": shared}

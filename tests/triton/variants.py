@@ -118,19 +118,23 @@ def _steps(groups: list[str], draw: Any) -> Iterator[tuple[str, Any]]:
             for scored in (False, True):
                 rows = np.arange(sum(each)) if scored else np.cumsum(each) - 1
                 name = f"{each}, {pages} pages" + (", scored" if scored else "")
-                yield name, _step(each, groups, pages, rows)
+                for before in (0, 255, 5000):
+                    said = f", after {before}" if before else ""
+                    yield name + said, _step(each, groups, pages, rows, before)
 
 
-def _step(lengths: list[int], groups: list[str], pages: int, wanted: Any) -> Any:
-    """Every other text has an adapter, or the only one."""
+def _step(lengths: list[int], groups: list[str], pages: int, wanted: Any, before: int) -> Any:
+    """Every other text has an adapter, or the only one; the first is longer by what was there before."""
     import numpy as np
 
     from kernels.segments import Segment, Span
     from server.model.runner import StepInputs
 
     ends = np.cumsum(lengths).tolist()
+    keys = [lengths[0] + before, *lengths[1:]]
     spans = tuple(
-        Span(end - n, end, n, tuple(range(1, 2 + n // 16))) for n, end in zip(lengths, ends, strict=True)
+        Span(end - n, end, held, tuple(range(1, 2 + held // 16)))
+        for n, end, held in zip(lengths, ends, keys, strict=True)
     )
     segments = tuple(
         Segment(span.start, span.end, tuple(range(pages)), (1.0,) * pages) for span in spans[::2] if pages
