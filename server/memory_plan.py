@@ -66,7 +66,6 @@ class MemoryPlan:
 
 def plan_memory(settings: Settings, servable: ServableModel) -> MemoryPlan:
     """Divide the memory; raises `SettingsError` when what was asked for cannot hold one sequence or one adapter."""
-    _refuse_impossible(settings, servable)
     adapter_dtype = _adapter_dtype(settings, servable.device)
     pages = _plan_adapter_pages(settings, servable.layout, adapter_dtype)
     each = page_nbytes(servable.layout, adapter_dtype)
@@ -102,14 +101,6 @@ def plan_memory(settings: Settings, servable: ServableModel) -> MemoryPlan:
         kv_reason=reason,
         free=free,
     )
-
-
-def _refuse_impossible(settings: Settings, servable: ServableModel) -> None:
-    if (settings.max_model_len or 0) > servable.max_model_len:
-        raise SettingsError(
-            f"--max-model-len {settings.max_model_len}: the model was made for {servable.max_model_len} tokens; "
-            "give that or fewer, or leave the flag out"
-        )
 
 
 def _plan_adapter_pages(settings: Settings, layout: Layout, dtype: torch.dtype) -> dict[str, int]:

@@ -129,6 +129,7 @@ def model_source(settings: Settings) -> ModelSource:
         settings.quantization,
         settings.quantized_folder,
         settings.trust_remote_code,
+        settings.max_model_len,
     )
 
 

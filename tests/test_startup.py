@@ -150,13 +150,6 @@ class TestPlan:
             plan_memory(settings(adapter_memory_bytes=need - 1), servable)
         assert set(plan_memory(settings(adapter_memory_bytes=need), servable).pages.values()) == {1}
 
-    def test_a_text_longer_than_the_models_is_refused_by_its_own_name(self, servable):
-        with pytest.raises(SettingsError, match="--max-model-len"):
-            plan_memory(settings(max_model_len=65, kv_cache_memory_bytes=GIB), servable)
-        with pytest.raises(SettingsError) as refused:
-            plan_memory(settings(max_model_len=65, kv_cache_memory_bytes=GIB), servable)
-        assert "--kv-cache-memory-bytes" not in str(refused.value)
-
     def test_the_lines_are_for_people(self, servable, monkeypatch):
         monkeypatch.setattr("server.memory_plan.free_memory", lambda device: (Free(12 * GIB), 16 * GIB))
         memory, cache, adapters, host = plan_memory(settings(max_loras=5), servable).lines()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -51,10 +52,14 @@ class ModelSource:
     quantization: Quantization
     cache: Path | None  # where quantized copies live; None keeps none
     trust_remote_code: bool = False
+    max_model_len: int | None = None  # tokens of the longest text that is asked for
 
 
 def load_model(source: ModelSource) -> PreTrainedModel:
-    """Load the checkpoint; raises `UnsupportedModelError` when there is no causal model or no way to quantize it."""
+    """Load the checkpoint; raises `UnsupportedModelError` when there is no causal model or no way to quantize it.
+
+    What its configuration shows to be wrong is said before weights are read.
+    """
     folder = _folder(source)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
@@ -62,6 +67,7 @@ def load_model(source: ModelSource) -> PreTrainedModel:
         raise UnsupportedModelError(
             f"{source.model} cannot be served: its configuration cannot be read: {error}"
         ) from error
+    _refuse_longer_texts(config, source)
     generation = _generation_config(folder, source)
     model = _as_asked(folder, config, source)
     if generation is not None:  # a quantized copy has that of the day it was made
@@ -75,12 +81,23 @@ def _as_asked(folder: Path, config: PreTrainedConfig, source: ModelSource) -> Pr
         return _read(folder, source, None)
     quantization = _quantization_config(source.quantization)
     if source.cache is None:
-        return _refuse_unquantized_experts(_read(folder, source, quantization))
-    return _from_copy(folder, source, source.cache, quantization)
+        return _quantized(folder, config, source, quantization)
+    return _from_copy(folder, config, source, source.cache, quantization)
+
+
+def _quantized(
+    folder: Path, config: PreTrainedConfig, source: ModelSource, quantization: BitsAndBytesConfig
+) -> PreTrainedModel:
+    _refuse_experts(folder, config, source)
+    return _read(folder, source, quantization)
 
 
 def _from_copy(
-    folder: Path, source: ModelSource, cache: Path, quantization: BitsAndBytesConfig
+    folder: Path,
+    config: PreTrainedConfig,
+    source: ModelSource,
+    cache: Path,
+    quantization: BitsAndBytesConfig,
 ) -> PreTrainedModel:
     """The quantized copy, made if there is none; one that cannot be read is made once more."""
     settings = {
@@ -91,7 +108,7 @@ def _from_copy(
 
     def quantize(into: Path) -> None:
         logger.info("quantizing model=%s to=%s", source.model, source.quantization)
-        model = _refuse_unquantized_experts(_read(folder, source, quantization))
+        model = _quantized(folder, config, source, quantization)
         model.save_pretrained(into)
         del model
         gc.collect()
@@ -134,7 +151,7 @@ def _folder(source: ModelSource) -> Path:
 
 def _read(folder: Path, source: ModelSource, quantization: BitsAndBytesConfig | None) -> PreTrainedModel:
     given: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
-    try:
+    with _refused_where_it_fails(folder, source):
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=source.dtype,
@@ -144,13 +161,19 @@ def _read(folder: Path, source: ModelSource, quantization: BitsAndBytesConfig | 
             output_loading_info=True,
             **given,
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UnsupportedModelError(f"{source.model} cannot be served: {error} (in {folder})") from error
     _refuse_incomplete(model, source, found)
     for parameter in model.parameters():
         if parameter.is_floating_point():  # a quantized checkpoint is left in the dtype it was saved with
             parameter.data = parameter.data.to(source.dtype)
     return cast(PreTrainedModel, model)
+
+
+@contextmanager
+def _refused_where_it_fails(folder: Path, source: ModelSource) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UnsupportedModelError(f"{source.model} cannot be served: {error} (in {folder})") from error
 
 
 def _generation_config(folder: Path, source: ModelSource) -> GenerationConfig | None:
@@ -206,15 +229,24 @@ def _quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 
-def _refuse_unquantized_experts(model: PreTrainedModel) -> PreTrainedModel:
+def _refuse_longer_texts(config: PreTrainedConfig, source: ModelSource) -> None:
+    made_for = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if made_for is not None and (source.max_model_len or 0) > made_for:
+        raise SettingsError(
+            f"--max-model-len {source.max_model_len}: the model was made for {made_for} tokens; "
+            "give that or fewer, or leave the flag out"
+        )
+
+
+def _refuse_experts(folder: Path, config: PreTrainedConfig, source: ModelSource) -> None:
     """Mixture-of-experts weights are 3-D parameters, which bitsandbytes leaves as they are: not a 4-bit model."""
-    left = experts_of(model)
-    if left:
+    with _refused_where_it_fails(folder, source), torch.device("meta"):  # the model without its weights
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    if left := experts_of(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be served quantized: bitsandbytes leaves its experts unquantized "
             f"({left[0]} and {len(left) - 1} more); serve it with --quantization none"
         )
-    return model
 
 
 def experts_of(model: PreTrainedModel) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import MixtralConfig
+from transformers import MixtralConfig, T5Config
 
 from server.config import SettingsError
 from server.errors import UnsupportedModelError
@@ -254,10 +255,27 @@ def test_what_the_weights_are_is_said(folder, quantization, kind):
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_experts_are_refused_quantized(tmp_path, kept):
-    make_model(MixtralConfig(num_local_experts=4, **SIZES)).save_pretrained(tmp_path / "moe")
-    cache = tmp_path / "cache" if kept else None
-    with pytest.raises(UnsupportedModelError, match=r"MixtralForCausalLM .* --quantization none"):
-        load_model(source(tmp_path / "moe", "nf4", cache))
+def test_experts_are_refused_quantized_before_weights_are_read(tmp_path, kept, monkeypatch):
+    made, cache = tmp_path / "moe", tmp_path / "cache" if kept else None
+    make_model(MixtralConfig(num_local_experts=4, **SIZES)).save_pretrained(made)
+    with monkeypatch.context() as patched:
+        patched.setattr("server.model.load._read", None)
+        with pytest.raises(UnsupportedModelError, match=r"MixtralForCausalLM .* --quantization none"):
+            load_model(source(made, "nf4", cache))
     assert not kept or copies(cache) == []
-    assert load_model(source(tmp_path / "moe", "none")).config.num_local_experts == 4
+    assert load_model(source(made, "none")).config.num_local_experts == 4
+
+
+def test_a_text_longer_than_the_models_is_refused_before_weights_are_read(folder, monkeypatch):
+    made_for = SIZES["max_position_embeddings"]
+    load_model(replace(source(folder, "none"), max_model_len=made_for))
+    monkeypatch.setattr("server.model.load._read", None)
+    with pytest.raises(SettingsError, match=rf"--max-model-len {made_for + 1}: .* for {made_for} tokens"):
+        load_model(replace(source(folder, "nf4"), max_model_len=made_for + 1))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_what_is_no_causal_model_is_refused(tmp_path, quantization):
+    T5Config(num_layers=1, d_model=8).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"cannot be served: .*T5Config"):
+        load_model(source(tmp_path, quantization))
