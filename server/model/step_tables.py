@@ -87,11 +87,11 @@ class StepLayout:
     ) -> StepLayout:
         """The largest step of a graph.
 
-        Whether keys may be shared is compiled in. In a step of many prompts they are not: the kernel that could takes
-        more registers.
+        Whether keys may be shared is compiled in, and costs registers: with more rows of prompts than fill two devices
+        they may not.
         """
         queries = heads.queries(1 if wanted is None else rows, fixed=fixed)
-        few = wanted is None or rows // queries < heads.enough
+        few = wanted is None or rows <= 2 * heads.enough * queries
         return cls(
             rows=rows,
             wanted=wanted,

@@ -146,3 +146,17 @@ def test_a_bucket_has_room_for_every_share(chunks, padding, queries, enough, fix
     assert used.tiles <= most.tiles == layout.most_tiles <= rows
     assert used.records <= most.records
     assert used.lines <= most.lines
+
+
+def test_which_graphs_may_share_keys():
+    """All of decodes, and those of prompts that are no more than fill two devices."""
+    heads = Heads(4, 8)
+
+    def shared(rows, wanted):
+        layout = StepLayout.bucket(
+            rows, wanted, groups=(), pages=0, most_blocks=rows, block_size=BLOCK, heads=heads, fixed=False
+        )
+        return layout.view(torch.zeros(layout.size, dtype=torch.int32)).plans.attention.shared
+
+    assert all(shared(rows, None) for rows in (1, 32, 256))
+    assert [shared(rows, 64) for rows in (16, 512, 513, 2048)] == [True, True, False, False]
