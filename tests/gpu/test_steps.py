@@ -1,7 +1,9 @@
 """Whole steps on the device: replays against the same steps run as they come, rows alone and among others."""
 
 import gc
+from array import array
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -22,7 +24,7 @@ from tests.bench.random_llama import Shape
 CUDA = torch.device("cuda")
 SMALL = Shape(layers=2, hidden=512, intermediate=1024, heads=8, kv_heads=2, vocabulary=1000)
 LARGE = Shape(layers=4, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=8000)
-CONTEXT = 70
+CONTEXT, LONG = 70, 600
 
 
 def engine_of(fixed: bool, buckets=()) -> Engine:
@@ -127,6 +129,24 @@ def test_prompts_are_replayed_as_they_come(adapted):
         assert torch.equal(replayed, as_it_comes(runner, inputs)), counts
         unpadded = loose.forward(inputs)
         assert (replayed - unpadded).norm() < 0.05 * unpadded.norm(), counts
+
+
+def test_a_long_text_among_short_ones_is_replayed():
+    """Its keys are shared out, which the graph was not captured with, and the others' are not."""
+    engine = engine_of(False, (8,))
+    batch = engine.sequences([None] * 8, CONTEXT)
+    batch[-1:] = engine.sequences([None], LONG)
+    batch[-1].sequence.blocks = array("i", range(64, 64 + -(-LONG // BLOCK)))  # beyond the others'
+    inputs = engine.inputs(batch)
+    layout = engine.runner._graphs.find(inputs).layout
+    used = layout.fill(np.zeros(layout.size, np.int32), inputs).attention
+    assert used.tiles == 8 < used.records, "nothing is shared"
+    replayed = engine.runner.forward(inputs).clone()
+    assert torch.equal(replayed, as_it_comes(engine.runner, inputs))
+    assert torch.equal(replayed, engine.runner.forward(inputs)), "the same batch gave other bits"
+    for row, item in enumerate(batch):
+        alone = engine.runner.forward(engine.inputs([item]))[0]
+        assert (replayed[row] - alone).norm() < 0.05 * alone.norm(), f"row {row}"
 
 
 @pytest.mark.parametrize("adapted", [False, True])
