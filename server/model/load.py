@@ -241,7 +241,9 @@ def _refuse_longer_texts(config: PreTrainedConfig, source: ModelSource) -> None:
 def _refuse_experts(folder: Path, config: PreTrainedConfig, source: ModelSource) -> None:
     """Mixture-of-experts weights are 3-D parameters, which bitsandbytes leaves as they are: not a 4-bit model."""
     with _refused_where_it_fails(folder, source), torch.device("meta"):  # the model without its weights
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", trust_remote_code=source.trust_remote_code
+        )
     if left := experts_of(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be served quantized: bitsandbytes leaves its experts unquantized "

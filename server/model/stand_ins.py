@@ -60,14 +60,16 @@ def of_every_kind(
 ) -> list[StepInputs]:
     """Steps that between them need every kernel that any other could, the largest first.
 
-    Beside how many rows there are, kernels differ by whether keys or inputs are shared out among programs: those of one
-    text are, those of as many as there can be are not.
+    Beside how many rows there are, kernels differ by whether keys or inputs are shared out among programs: keys of one
+    text of some length are, and not those of two tokens or of nothing but single tokens; inputs of few texts are, and
+    not those of as many as there can be.
     """
     names = list(groups)
     most = [([1] * min(sequences, tokens), pages, 0)]
     if tokens > 1:  # in one step with a prompt tiles are higher
         others = min(sequences, tokens - 1) - 1
         most.insert(0, ([tokens - others, *[1] * others], pages, 0))
+        most.append(([2], 0, 0))
     few = [
         ([rows], held, 2 * LEAST_SHARE)
         for rows in reversed(_LEAST_ROWS)

@@ -40,6 +40,13 @@ def adapters_of(rows: int, adapted: bool) -> list[int | None]:
     return [None if row % 3 == 0 or not adapted else row % 8 for row in range(rows)]
 
 
+def long_text(engine: Engine, adapter: int | None) -> Scheduled:
+    """One more token of it, in blocks beyond those of others."""
+    (found,) = engine.sequences([adapter], LONG)
+    found.sequence.blocks = array("i", range(engine.cache.blocks - -(-LONG // BLOCK), engine.cache.blocks))
+    return found
+
+
 def as_it_comes(runner: DeviceRunner, inputs: StepInputs) -> torch.Tensor:
     """The step of a replay, padded as there, run without its graph."""
     graph = runner._graphs.find(inputs)
@@ -135,8 +142,7 @@ def test_a_long_text_among_short_ones_is_replayed():
     """Its keys are shared out, which the graph was not captured with, and the others' are not."""
     engine = engine_of(False, (8,))
     batch = engine.sequences([None] * 8, CONTEXT)
-    batch[-1:] = engine.sequences([None], LONG)
-    batch[-1].sequence.blocks = array("i", range(64, 64 + -(-LONG // BLOCK)))  # beyond the others'
+    batch[-1] = long_text(engine, None)
     inputs = engine.inputs(batch)
     layout = engine.runner._graphs.find(inputs).layout
     used = layout.fill(np.zeros(layout.size, np.int32), inputs).attention
@@ -152,8 +158,8 @@ def test_a_long_text_among_short_ones_is_replayed():
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_row_has_the_same_bits_alone_and_among_others(adapted):
     engine = engine_of(True, (1, 4, 64))
-    adapters = adapters_of(64, adapted)
-    batch = engine.sequences(adapters, CONTEXT)
+    batch = engine.sequences(adapters_of(64, adapted), CONTEXT)
+    batch[-1] = long_text(engine, 0 if adapted else None)
     among = engine.runner.forward(engine.inputs(batch)).clone()
     for rows in ([0], [5], [63], [1, 2, 40]):
         few = engine.runner.forward(engine.inputs([batch[row] for row in rows]))

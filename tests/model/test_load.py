@@ -279,3 +279,12 @@ def test_what_is_no_causal_model_is_refused(tmp_path, quantization):
     T5Config(num_layers=1, d_model=8).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"cannot be served: .*T5Config"):
         load_model(source(tmp_path, quantization))
+
+
+def test_another_attention_than_ours_may_be_named(folder, tmp_path):
+    """A checkpoint that was trained with flash attention may say so."""
+    made = tmp_path / "made"
+    shutil.copytree(folder, made)
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"attn_implementation": "flash_attention_2"}))
+    assert type(q_proj(load_model(source(made, "nf4")))) is Linear4bit

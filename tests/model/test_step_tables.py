@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kernels.plans import AttentionPlan, DeltaPlan, Heads
@@ -130,6 +130,7 @@ def test_what_is_not_asked_for_is_the_first_row():
     st.integers(0, 40),
     st.booleans(),
 )
+@example([(1, 256)] * 15, 0, 1, 32, False)  # which has as many lines as there can be
 def test_a_bucket_has_room_for_every_share(chunks, padding, queries, enough, fixed):
     if fixed:  # of which decodes alone are captured
         chunks = [(1, before) for _, before in chunks]

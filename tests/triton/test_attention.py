@@ -144,13 +144,14 @@ def test_what_layers_ask_for(asked, fixed):
 @pytest.mark.parametrize("window", [None, 50])
 def test_fixed_a_rows_bits_are_its_own(monkeypatch, window):
     """In a chunk of any length, beside any other span, and with its keys shared among any number of programs."""
-    step = Step([(1, 3), (12, 290)], "one for all")  # in float32, where every rounding shows
+    step = Step([(1, 3), (12, 1100)], "one for all")  # in float32, where every rounding shows
     together = step.ours(fixed=True, window=window)[1:]
     q, (_, span) = step.q[1:], step.spans
-    for first, last, fill in [(0, 1, 8), (11, 12, 1), (2, 9, 32)]:
+    for first, last, fill, most in [(0, 1, 8, 64), (11, 12, 1, 64), (2, 9, 32, 64), (4, 6, 8, 2)]:
         monkeypatch.setattr(plans, "FILL", fill)
+        monkeypatch.setattr(plans, "_MOST_SHARES", most)  # fewer than there are parts
         step.q = q[first:last]
-        step.spans = [Span(0, last - first, 278 + last, span.blocks)]
+        step.spans = [Span(0, last - first, 1088 + last, span.blocks)]
         assert torch.equal(step.ours(fixed=True, window=window), together[first:last])
 
 

@@ -223,7 +223,7 @@ def test_steps_are_run_as_they_come_before_any_is_captured(folder, cuda):
     layouts = GraphSizes(sequences=1, length=40, pages=0).layouts(groups, cache, servable.heads, False)
     steps = of_every_kind(sequences=2, tokens=3, pages=1, groups=groups, block_size=BLOCK)
     assert [(len(s.token_ids), len(s.spans), bool(s.segments)) for s in steps] == [
-        (3, 2, True), (2, 2, True), (2, 1, True), (2, 1, False), (1, 1, True), (1, 1, False)
+        (3, 2, True), (2, 2, True), (2, 1, False), (2, 1, True), (2, 1, False), (1, 1, True), (1, 1, False)
     ]  # fmt: skip
     told = []
     for captured in ((), layouts):
