@@ -186,8 +186,8 @@ class AttentionPlan:
     def most(tiles: int, queries: int, enough: int) -> AttentionSize:
         """Of a bucket of so many tiles, where parts are the shares'.
 
-        A tile that is shared has 2 parts of the length that is everyone's, `enough` of which hold all keys; so shared
-        tiles have no more than `1.5 * enough` shares together, and all of them `enough` more than there are tiles.
+        A share has a length that is everyone's, and `enough` of them hold all keys. A tile that is shared has two full
+        ones at least: so all shared tiles have `1.5 * enough` at most, and all tiles `enough` more than they are.
         """
         return AttentionSize(tiles, tiles + enough, 3 * enough // 2 * queries)
 

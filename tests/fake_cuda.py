@@ -105,6 +105,6 @@ def fake_device() -> Iterator[FakeCuda]:
         patch("server.model.graphs.cuda", fake),
         patch("adapters.side_stream.cuda", fake),
         patch.object(Graphs, "_step", noted),
-        patch("kernels.plans._MOST_SHARES", 2),  # as many as fill a GPU take the interpreter seconds
+        patch("kernels.plans.FILL", 4),  # programs; as many as fill a GPU take the interpreter seconds
     ):
         yield fake

@@ -71,7 +71,7 @@ def of_every_kind(
         most.insert(0, ([tokens - others, *[1] * others], pages, 0))
         most.append(([2], 0, 0))
     few = [
-        ([rows], held, 2 * LEAST_SHARE)
+        ([rows], held, 2 * LEAST_SHARE if rows <= 2 else 0)
         for rows in reversed(_LEAST_ROWS)
         if rows <= tokens
         for held in range(min(pages, 1), -1, -1)
