@@ -122,7 +122,7 @@ def _attention_kernel(
         )  # fmt: skip
         if SHARED and shares > 1:
             _store_part(planes, lines + share * step, mine, highest, total, summed, V_WIDTH)
-    elif shares == 1:
+    elif shares == 1:  # a loop of its own: one that also stored parts would move registers to memory
         for part in range(parts):
             low = first_key + part * length
             of_part = _nothing_seen(None, head, mine, False, HEIGHT, V_ROOM)

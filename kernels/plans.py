@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.segments import AnySpans, FlatSegments, FlatSpans, Segment
+from kernels.segments import AnySpans, FlatSegments, FlatSpans, Segment, Span
 
 PAGE_RANK = 16  # rank rows of a page
 GRANULE = 16  # rows between two entries of the list that finds the jobs of a tile of rows
@@ -223,6 +224,22 @@ class AttentionPlan:
         blocks_at = _blocks_at(rows, enough)
         out[blocks_at : blocks_at + len(blocks)] = blocks
         return blocks_at + len(blocks), size
+
+    @classmethod
+    def of(
+        cls,
+        spans: Sequence[Span],
+        rows: int,
+        longest: int,
+        heads: Heads,
+        block_size: int,
+        device: torch.device,
+    ) -> AttentionPlan:
+        """Of spans of `longest` rows at most, on a device and just as large as they need."""
+        queries, enough = heads.queries(longest), heads.enough
+        out = np.zeros(cls.sizes(rows, sum(len(span.blocks) for span in spans), enough), np.int32)
+        _, size = cls.fill(out, spans, rows, queries, enough)
+        return cls.view(torch.from_numpy(out).to(device), rows, queries, enough, block_size, size)
 
     @classmethod
     def view(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -126,9 +125,4 @@ def _alike(got: Tensor, want: Tensor, epsilon: float) -> bool:
 def _plans(span: Span, shape: AttentionShape, device: torch.device) -> StepPlans:
     """The tables of a step that is this span, without adapters."""
     heads = Heads(shape.heads // shape.kv_heads, shape.kv_heads)
-    queries, enough = heads.queries(span.end), heads.enough
-    buffer = np.zeros(AttentionPlan.sizes(span.end, len(span.blocks), enough), np.int32)
-    _, size = AttentionPlan.fill(buffer, (span,), span.end, queries, enough)
-    there = torch.from_numpy(buffer).to(device)
-    plan = AttentionPlan.view(there, span.end, queries, enough, _TRIAL_BLOCK, size)
-    return StepPlans(plan, {})
+    return StepPlans(AttentionPlan.of((span,), span.end, span.end, heads, _TRIAL_BLOCK, device), {})

@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -82,11 +81,7 @@ class _Work:
             Span(number * count, (number + 1) * count, keys, tuple(blocks.tolist()))
             for number, (keys, blocks) in enumerate(zip(self.case.lengths, tables, strict=True))
         ]
-        rows, queries, enough = len(self.q), heads.queries(count), heads.enough
-        host = np.zeros(AttentionPlan.sizes(rows, sum(map(len, tables)), enough), np.int32)
-        _, size = AttentionPlan.fill(host, spans, rows, queries, enough)
-        buffer = torch.from_numpy(host).to(self.device)
-        return AttentionPlan.view(buffer, rows, queries, enough, BLOCK, size)
+        return AttentionPlan.of(spans, len(self.q), count, heads, BLOCK, self.device)
 
     def ours(self, copy: int) -> Tensor:
         k, v = self.caches[copy]
