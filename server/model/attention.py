@@ -54,6 +54,8 @@ class AttentionLayer:
     masked: bool
     group: int = 1  # query heads that share a key head
     plain: bool = True  # neither softcap nor sinks
+    causal: bool = True
+    once: bool = True  # in a forward pass
 
 
 class Attend(Protocol):
@@ -128,6 +130,7 @@ def paged_attention(
     seen = _probe.get()
     if seen is not None:
         unknown = frozenset(name for name, given in others.items() if given is not None) - _HARMLESS
+        causal = others.get("is_causal")  # the module's word, unless the call has another
         seen[layer] = AttentionLayer(
             key.shape[1],
             key.shape[3],
@@ -137,8 +140,10 @@ def paged_attention(
             attention_mask is not None,
             query.shape[1] // key.shape[1],
             plain=softcap is None and s_aux is None,
+            causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
+            once=layer not in seen,
         )
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+        return _stand_in(query, key, value), None
     context = current_context()
     assert context is not None, "paged attention ran outside a forward context"
     q, k, v = (rows[0].transpose(0, 1) for rows in (query, key, value))  # [rows, heads, width]
@@ -155,6 +160,12 @@ def paged_attention(
         sinks=s_aux,
     )
     return out[None], None
+
+
+def _stand_in(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [1, rows, query heads, v width]
+    """An answer to a probe: a row's own, and another one where its query and key are turned elsewhere."""
+    turned = query.mean(-1) + key.mean(-1).repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return turned.transpose(1, 2)[..., None].repeat(1, 1, 1, value.shape[3])
 
 
 def register() -> None:

@@ -292,11 +292,14 @@ class LinearGroup:
         context = current_context()
         if context is None or self.deltas is None:
             return self.base(x)
+        assert len(x) == len(context.kv_index), (
+            f"{self.site.group} is given {len(x)} rows of a step of another size"
+        )
         return self.deltas.product(self.base, x, self.site.group, context)
 
 
-class Head(nn.Module):
-    """Stands for the output embedding, which no adapter changes."""
+class Unadapted(nn.Module):
+    """Stands for a linear that no adapter changes: the output embedding, or one that reads some of a step's rows."""
 
     def __init__(self, base: BaseLinear) -> None:
         super().__init__()

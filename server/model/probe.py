@@ -1,18 +1,20 @@
 """What a transformers model does in one forward pass, learnt by running it on three tokens.
 
-The probe sees every attention call (the shapes the cache needs, and models that bypass the attention interface) and
-which linears read the same input (siblings). Linears are stood in for while it runs: bitsandbytes repacks weights in
-place at its first forward, and a large model would take its time. Knows nothing of adapters' files or of the engine.
+The probe sees every attention call (the shapes the cache needs, and models that bypass the attention interface), which
+linears read the same input (siblings) and which do not read every token. Linears are stood in for while it runs:
+bitsandbytes repacks weights in place at its first forward, and a large model would take its time. Knows nothing of
+adapters' files or of the engine.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,13 +23,18 @@ from server.errors import UnsupportedModelError
 from server.model.attention import AttentionLayer, probing
 
 _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_TOKENS = 3
+_PRODUCTS = (nn.Linear.forward, Linear4bit.forward, Linear8bitLt.forward)
 
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """The sites where a base can be adapted, and what each layer's attention needs."""
+    """The sites where a base can be adapted, its other linears, and what each layer's attention needs."""
 
     layout: Layout
+    unadapted: tuple[
+        str, ...
+    ]  # linears that read some of a step's rows: experts, or what follows the last layer
     attention: tuple[AttentionLayer, ...]
 
 
@@ -54,73 +61,128 @@ def probe(model: PreTrainedModel) -> Probed:
     """Run three tokens through the model; raises `UnsupportedModelError` naming the architecture and the reason."""
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
-    ids = torch.arange(3, device=model.device)[None] + 3
-    with _stand_ins(model) as calls, probing() as layers, torch.inference_mode():
-        try:
-            model(
-                input_ids=ids,
-                position_ids=ids - 3,
-                use_cache=False,
-                logits_to_keep=torch.tensor([2], device=model.device),
-            )
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"{name} cannot be served: a forward pass over flattened tokens fails: {error}"
-            ) from error
-    if sorted(layers) != list(range(config.num_hidden_layers)):
-        raise UnsupportedModelError(
-            f"{name} cannot be served: paged attention saw {len(layers)} of {config.num_hidden_layers} layers; "
-            "this architecture does not attend through transformers' attention interface"
-        )
-    unknown = sorted(set().union(*(layer.unknown for layer in layers.values())))
-    if unknown or any(layer.masked for layer in layers.values()):
-        what = f"arguments we do not know ({', '.join(unknown)})" if unknown else "a mask of its own"
-        raise UnsupportedModelError(f"{name} cannot be served: its attention is called with {what}")
-    if not calls:
+    ids = torch.arange(3, 3 + _TOKENS, device=model.device)[None]
+    calls, layers = _seen(model, ids, step=7, position_ids=ids - 3)
+    _refuse_unserved_attention(name, config.num_hidden_layers, layers)
+    _refuse_other_positions(model, ids[:, :1])
+    unadapted = _unadapted(model, calls)
+    layout = _layout([call for call in calls.values() if call.module not in unadapted])
+    if not layout.sites:
         raise UnsupportedModelError(
             f"{name} cannot be served: it has no nn.Linear that an adapter could change"
         )
-    return Probed(_layout(calls), tuple(layers[index] for index in sorted(layers)))
+    return Probed(layout, unadapted, tuple(layers[index] for index in sorted(layers)))
 
 
-@dataclass(frozen=True, slots=True)
+def _seen(
+    model: PreTrainedModel, ids: Tensor, *, step: int = 0, **given: Tensor
+) -> tuple[dict[str, _Call], dict[int, AttentionLayer]]:
+    """What a forward pass calls. With a step each token has numbers of its own, so that a router sends them to
+    different experts."""
+    with _stand_ins(model, step) as calls, probing() as layers, torch.inference_mode():
+        try:
+            last = torch.tensor([ids.shape[1] - 1], device=model.device)
+            model(input_ids=ids, use_cache=False, logits_to_keep=last, **given)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be served: a forward pass over flattened tokens fails: {error}"
+            ) from error
+    return calls, layers
+
+
+def _refuse_other_positions(model: PreTrainedModel, first: Tensor) -> None:
+    """The first tokens of several texts, side by side, must each be what such a text's only token is to the model."""
+    several = first.expand(1, _TOKENS)
+    beside, _ = _seen(model, several, position_ids=torch.zeros_like(several))
+    alone, _ = _seen(model, first)
+    for path, call in beside.items():
+        if not call.whole or path not in alone:
+            continue
+        want = alone[path].input[..., :1, :]
+        if not torch.allclose(call.input, want, rtol=0, atol=1e-2 * float(want.abs().max()), equal_nan=True):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be served: it numbers a text's tokens by a rule of its own, so that "
+                "texts cannot stand side by side"
+            )
+
+
+def _refuse_unserved_attention(name: str, expected: int, layers: Mapping[int, AttentionLayer]) -> None:
+    if sorted(layers) != list(range(expected)):
+        raise UnsupportedModelError(
+            f"{name} cannot be served: paged attention saw {len(layers)} of {expected} layers; "
+            "this architecture does not attend through transformers' attention interface"
+        )
+    unknown = sorted(set().union(*(layer.unknown for layer in layers.values())))
+    reasons = {
+        f"its attention is called with arguments we do not know ({', '.join(unknown)})": bool(unknown),
+        "its attention is called with a mask of its own": any(layer.masked for layer in layers.values()),
+        "its attention is not causal, a token sees those after it (BERT and its kin are causal with is_decoder in "
+        "config.json)": not all(layer.causal for layer in layers.values()),
+        "a layer attends more than once": not all(layer.once for layer in layers.values()),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UnsupportedModelError(f"{name} cannot be served: {reason}")
+
+
+@dataclass(slots=True)
 class _Call:
     module: str
     input: Tensor  # held, so that identity means the same input
     in_features: int
     out_features: int
+    whole: bool = True  # every time it read all tokens
 
 
 class _StandIn(nn.Module):
-    """Takes a linear's place during the probe: notes the call and answers zeros."""
+    """Takes a linear's place during the probe: notes the call and answers numbers that have nothing to do with x."""
 
-    def __init__(self, path: str, original: nn.Linear, calls: list[_Call]) -> None:
+    def __init__(self, path: str, original: nn.Linear, calls: dict[str, _Call], step: int) -> None:
         super().__init__()
-        self.path, self.calls = path, calls
+        self.path, self.calls, self.step = path, calls, step
         self.in_features, self.out_features = original.in_features, original.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        if all(call.module != self.path for call in self.calls):
-            self.calls.append(_Call(self.path, x, self.in_features, self.out_features))
-        return x.new_zeros(*x.shape[:-1], self.out_features)
+        call = self.calls.setdefault(self.path, _Call(self.path, x, self.in_features, self.out_features))
+        rows = x.shape[:-1].numel()
+        call.whole &= rows == _TOKENS
+        row = torch.arange(rows, device=x.device) * self.step
+        answer = (row[:, None] + torch.arange(self.out_features, device=x.device)).sin()
+        return answer.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
 @contextmanager
-def _stand_ins(model: PreTrainedModel) -> Iterator[list[_Call]]:
-    calls: list[_Call] = []
-    head = model.get_output_embeddings()
-    linears = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
+def _stand_ins(model: PreTrainedModel, step: int) -> Iterator[dict[str, _Call]]:
+    calls: dict[str, _Call] = {}
+    linears = _linears(model)
     try:
         for path, module in linears.items():
-            model.set_submodule(path, _StandIn(path, module, calls))
+            model.set_submodule(path, _StandIn(path, module, calls, step))
         yield calls
     finally:
         for path, module in linears.items():
             model.set_submodule(path, module)
+
+
+def _linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """All but the head, and but for what calls itself one and computes something else, as Phimoe's router does."""
+    head = model.get_output_embeddings()
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward in _PRODUCTS and module is not head
+    }
+
+
+def _unadapted(model: PreTrainedModel, calls: Mapping[str, _Call]) -> tuple[str, ...]:
+    """Linears whose rows are not the step's, and those of the same name but for numbers: an expert that happened to
+    be chosen for every token, or for none, is an expert."""
+    partial = {_without_numbers(call.module) for call in calls.values() if not call.whole}
+    return tuple(path for path in _linears(model) if _without_numbers(path) in partial)
+
+
+def _without_numbers(path: str) -> str:
+    return re.sub(r"\d+", "*", path)
 
 
 def _layout(calls: list[_Call]) -> Layout:

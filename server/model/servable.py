@@ -23,10 +23,10 @@ from server.model.compiled_stack import install_compiled_stacks
 from server.model.kernel_set import Kernels, plain
 from server.model.linear import (
     BaseLinear,
-    Head,
     LinearGroup,
     LoRALinear,
     ModuleLinear,
+    Unadapted,
     exact_linear,
 )
 from server.model.probe import probe, refuse_unserved_config
@@ -98,6 +98,9 @@ def make_servable(
     _install_rows(model, kernels)
     findings = probe(model)
     groups = tuple(_install_group(model, site, backend, kernels) for site in findings.layout.sites)
+    for path in findings.unadapted:
+        linear = cast(nn.Linear, model.get_submodule(path))
+        model.set_submodule(path, Unadapted(_base([linear], model.dtype, backend, kernels)))
     _install_head(model, kernels)
     if kernels.layers is not None:
         install_compiled_layers(model, kernels, findings.attention)
@@ -132,7 +135,7 @@ def _install_head(model: PreTrainedModel, kernels: Kernels) -> None:
     product = kernels.head([head], model.dtype)
     if product is not None:
         (path,) = (path for path, module in model.named_modules() if module is head)
-        model.set_submodule(path, Head(product))
+        model.set_submodule(path, Unadapted(product))
 
 
 def _base(

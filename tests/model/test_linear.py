@@ -79,7 +79,7 @@ def test_an_input_changed_in_place_after_the_last_sibling_is_seen(group):
 
 
 def context(segments):
-    return ForwardContext(torch.empty(0), Spans((), 16, torch.device("cpu")), segments, ())
+    return ForwardContext(torch.zeros(5, dtype=torch.int64), Spans((), 16, torch.device("cpu")), segments, ())
 
 
 def test_deltas_of_its_own_group_are_added(group):
@@ -94,6 +94,15 @@ def test_deltas_of_its_own_group_are_added(group):
         got = torch.cat([group.output(x, member) for member in range(3)], dim=-1)[0]
     assert torch.allclose(got.double(), want, atol=1e-4)
     assert torch.equal(got[[0, 4]], plain[[0, 4]])
+
+
+def test_rows_of_another_number_than_the_steps_are_refused(group):
+    """Segments say which of the step's rows read which pages: on fewer rows they would point past the end."""
+    group.deltas = PlainDeltas(
+        SitePages(*map(torch.zeros, [(1, 3, PAGE_RANK, 8), (1, PAGE_RANK, 14), (1, 3)])), group.widths
+    )
+    with forward_context(context({})), pytest.raises(AssertionError, match="qkv is given 4 rows"):
+        group.output(torch.randn(1, 4, 8), 0)
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -7,6 +7,7 @@ from torch import nn
 
 from server.errors import UnsupportedModelError
 from server.model.attention import register
+from server.model.linear import LoRALinear, Unadapted
 from server.model.probe import probe
 from server.model.servable import make_servable
 from tests.model.tiny import SIZES, make_model
@@ -89,6 +90,68 @@ def test_a_refusal_names_the_architecture_and_the_reason(config, name, reason):
         make_servable(make_model(config))
     assert name in str(refused.value)
     assert reason in str(refused.value)
+
+
+TEXT = {"vocab_size": 64, "d_model": 64, "max_position_embeddings": 64, "decoder_layers": 2, "encoder_layers": 2,
+        "decoder_attention_heads": 4, "decoder_ffn_dim": 96}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.BertConfig(**NEOX), "not causal"),
+        (transformers.RobertaConfig(is_decoder=True, **NEOX), "a rule of its own"),
+        (transformers.BartConfig(**TEXT), "a rule of its own"),
+        (transformers.DiffLlamaConfig(**SIZES), "a layer attends more than once"),
+    ],
+    ids=["bert", "roberta", "bart", "diffllama"],
+)
+def test_what_would_be_answered_wrongly_is_refused(config, reason):
+    """BERT's tokens see those after them; RoBERTa numbers a text from 2 on, BART all texts of a step as one."""
+    with pytest.raises(UnsupportedModelError, match=reason):
+        make_servable(make_model(config))
+
+
+def test_a_linear_after_the_last_layer_is_not_adapted():
+    """It reads the rows that are sampled alone, and an adapter's rows are those of the step."""
+    servable = make_servable(make_model(transformers.BertConfig(is_decoder=True, **NEOX)))
+    assert isinstance(servable.model.cls.predictions.transform.dense, Unadapted)
+    assert {member.module.split(".")[0] for site in servable.layout.sites for member in site.members} == {
+        "bert"
+    }
+
+
+class _Experts(nn.Module):
+    """A mixture of experts as models were written once: a linear each, called with the tokens that chose it."""
+
+    def __init__(self, width: int, experts: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, experts)
+        self.experts = nn.ModuleList([nn.Linear(width, width) for _ in range(experts)])
+
+    def forward(self, x):
+        rows, chosen = x[0], self.router(x[0]).argmax(-1)
+        out = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            if (chosen == number).any():
+                out[chosen == number] = expert(rows[chosen == number])
+        return out[None]
+
+
+def test_experts_that_are_linears_are_not_adapted():
+    """Nor those that no token or every token of the probe chose."""
+    model = make_model()
+    for layer in model.model.layers:
+        layer.mlp = _Experts(SIZES["hidden_size"], 8)
+    layers = make_servable(model).model.model.layers
+    assert all(isinstance(expert, Unadapted) for layer in layers for expert in layer.mlp.experts)
+    assert all(isinstance(layer.mlp.router, LoRALinear) for layer in layers)
+
+
+def test_a_linear_that_computes_something_else_stays():
+    """Phimoe's router is called one, and answers three tensors."""
+    model = make_servable(make_model(transformers.PhimoeConfig(num_local_experts=4, **SIZES))).model
+    assert type(model.model.layers[0].mlp.router).__name__ == "PhimoeTopKRouter"
 
 
 class _Asks(nn.Module):
