@@ -1,12 +1,15 @@
 """A connection's bytes until they are a request: bounded, for they are read before any key is asked for.
 
-uvicorn's parser keeps what it reads of a head, and of the trailers behind a body, however much comes. Knows no request.
+uvicorn's parser keeps what it reads of a head, and of the trailers behind a body, however much comes. HTTP/1.1 is all
+that is spoken: what else a client offers is passed over. Knows no request.
 """
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.api.envelope import error_response
@@ -15,10 +18,44 @@ from server.errors import HeadersTooLargeError
 MAX_HEAD_BYTES = 64 * 1024  # first line, headers and blank line: uvicorn's own bound, with its other parser
 
 
+class DecliningParser(httptools.HttpRequestParser):
+    """Passes over offers to go on in another protocol (`Upgrade`), as a server may.
+
+    llhttp takes all that follows such a head for the other protocol, and the request for one without a body. Java's
+    HttpClient offers HTTP/2 with every request and sends its body all the same, so the head is read again as if it had
+    offered nothing.
+    """
+
+    def __init__(self, protocol: BoundedProtocol) -> None:
+        super().__init__(protocol)
+        self._protocol = protocol
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+
+    @property
+    def declines(self) -> bool:
+        """Whether this head will be read again."""
+        return self.should_upgrade() and self.get_method() != b"CONNECT"
+
+    def feed_data(self, data: bytes) -> None:  # type: ignore[override]
+        while True:
+            try:
+                super().feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                if not self.declines:
+                    raise
+                super().feed_data(self._protocol.head_without_offer())
+                data = data[offer.args[0] :]
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """Counts bytes of which nothing has come yet: no complete head, no part of a body."""
 
     _nbytes = 0
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.parser: DecliningParser = DecliningParser(self)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -37,7 +74,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._nbytes = 0
-        super().on_headers_complete()
+        if not self.parser.declines:
+            super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._nbytes = 0
@@ -45,7 +83,18 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._nbytes = 0
-        super().on_message_complete()
+        if not self.parser.declines:
+            super().on_message_complete()
+
+    def head_without_offer(self) -> bytes:
+        """The head that was read last, as it would be if it did not offer to change the protocol."""
+        first = b"%s %s HTTP/%s\r\n" % (
+            self.parser.get_method(),
+            self.url,
+            self.parser.get_http_version().encode(),
+        )
+        kept = [name + b": " + value + b"\r\n" for name, value in self.headers if name != b"upgrade"]
+        return b"".join([first, *kept, b"\r\n"])
 
     def _wait_for_more(self) -> None:
         """Only so long; uvicorn does that behind an answer, but not for a first request, or the rest of a head."""

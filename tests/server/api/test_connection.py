@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socket
+import time
 
 import pytest
 
@@ -100,3 +101,38 @@ def test_a_connection_on_which_no_more_comes_is_closed(world, data):
         connection.sendall(data)
         answers = b"".join(iter(lambda: connection.recv(65536), b""))
     assert answers.count(b"HTTP/1.1 200 ") == data.count(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_behind_an_offer_of_another_protocol_is_read(live, chunked, at_once):
+    """Java's HttpClient offers HTTP/2 with every request."""
+    body = b'{"prompt": "a b c"}'
+    offer = b"host: a\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA"
+    if chunked:
+        head, body = CHUNKED.replace(b"host: a", offer), b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    else:
+        length = b"content-length: %d" % len(body)
+        head = CHUNKED.replace(b"host: a", offer).replace(b"transfer-encoding: chunked", length)
+    with connected(live) as connection:
+        for _ in range(2):  # on one connection
+            for part in [head + body] if at_once else [head[:50], head[50:], body[:3], body[3:]]:
+                connection.sendall(part)
+                time.sleep(0.01)
+            received = b""
+            while not received.endswith(b"}") and (part := connection.recv(65536)):
+                received += part
+            assert received.startswith(b"HTTP/1.1 200 ")
+            assert json.loads(received.partition(b"\r\n\r\n")[2])["count"] > 1
+
+
+def test_offers_of_other_protocols_one_behind_another(live):
+    offering = HEAD + b"connection: upgrade\r\nupgrade: websocket\r\n\r\n"
+    head, rest = sent(live, offering * 1500 + HEAD + b"connection: close\r\n\r\n")
+    assert head.startswith("http/1.1 200 ")
+    assert rest.count(b"HTTP/1.1 200 ") == 1500
+
+
+def test_a_tunnel_is_refused(live):
+    head, _ = sent(live, b"CONNECT a:80 HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\nabc")
+    assert head.startswith("http/1.1 4")
