@@ -86,8 +86,10 @@ class Lengths:
         room = limit - prompt
         if room < (1 if self.asked is None else self.asked):
             wanted = f" and {self.asked} are asked for" if self.asked is not None else ""
+            # OpenAI's words first: LiteLLM, and what is built on it, knows the error by them and not by its code
             raise ContextLengthError(
-                f"the model takes {limit} tokens; the prompt has {prompt}{wanted}; shorten one of them",
+                f"this model's maximum context length is {limit} tokens; the prompt has {prompt}{wanted}; "
+                "shorten one of them",
                 param=self.behind,
             )
         return min(room, self.default or room) if self.asked is None else self.asked

@@ -151,6 +151,9 @@ def test_the_length_is_bound_by_the_context(client, world):
     assert (response.status_code, error(response)["code"]) == (400, "context_length_exceeded")
     response = client.complete(prompt=[1] * 60, max_tokens=5)
     assert (response.status_code, error(response)["param"]) == (400, "prompt")
+    assert error(response)["message"].startswith("this model's maximum context length is 64 tokens"), (
+        "LiteLLM looks for these words"
+    )
     assert client.complete(prompt=[1] * 60, max_tokens=4).status_code == 200
     assert client.complete(prompt=[1] * 60).status_code == 200
     assert world.engine.submits[-1].sampling.max_tokens == 4
