@@ -27,6 +27,8 @@ MAX_MESSAGE = 2000  # characters; messages quote what the client sent
 RETRY_AFTER = {429: "1", 503: "5"}  # seconds; OpenAI's clients ignore anything above 120
 NO_RETRY = frozenset({409, 507})  # OpenAI's clients would repeat these, and nothing would change
 CLOSING = frozenset({408, 413, 431})
+# for clients whose base URL lacks its /v1, or that ask for OpenAI's Responses unless told otherwise
+ROUTES = "text comes from POST /v1/chat/completions and /v1/completions, and GET /docs shows every route"
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -87,7 +89,7 @@ def install(app: FastAPI, routes: Sequence[APIRoute]) -> None:
 def _http_error(request: Request, error: HTTPException) -> Response:
     """The framework's own refusals: no such route, or not with this method."""
     messages = {
-        404: f"no route {request.method} {request.url.path}",
+        404: f"no route {request.method} {request.url.path}; {ROUTES}",
         405: f"{request.url.path} does not answer {request.method}",
     }
     message = messages.get(error.status_code, str(error.detail))

@@ -64,6 +64,10 @@ def test_what_was_sent_is_not_echoed_at_length(client):
 def test_routes_and_methods_that_are_not(client):
     response = client("GET", "/v1/nothing")
     assert (response.status_code, error(response)["code"]) == (404, "not_found")
+    for path in ("/chat/completions", "/v1/v1/chat/completions", "/v1/responses"):
+        message = error(client("POST", path, json={}))["message"]
+        assert message.startswith(f"no route POST {path}; ")
+        assert "/v1/chat/completions" in message.removeprefix(f"no route POST {path}")
     response = client("GET", "/v1/completions")
     assert (response.status_code, error(response)["code"]) == (405, "method_not_allowed")
     assert response.headers["allow"] == "POST"
