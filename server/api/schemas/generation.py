@@ -289,7 +289,7 @@ Body = CompletionRequest | ChatRequest
 
 
 def _refuse(given: Mapping[str, Any], neutral: Mapping[str, tuple[object, ...]], place: str = "") -> None:
-    for name in neutral.keys() & given.keys():
+    for name in [name for name in given if name in neutral]:  # not a set: each start would name another first
         if given[name] is not None and not any(_same(given[name], value) for value in neutral[name]):
             param = f"{place}{name}"
             raise UnsupportedParameterError(

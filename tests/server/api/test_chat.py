@@ -1,5 +1,7 @@
 """POST /v1/chat/completions: the template, the shapes of answers, and what is refused."""
 
+import itertools
+
 import openai
 import pytest
 
@@ -169,6 +171,13 @@ def test_a_wrong_field_is_named(client, body, param):
 def test_what_is_not_served_is_refused(client, body):
     response = client.chat(**body)
     assert (response.status_code, error(response)["code"]) == (400, "unsupported_parameter")
+
+
+def test_of_several_that_are_not_served_the_first_is_named(client):
+    given = {"tools": [{"type": "function"}], "tool_choice": "required", "reasoning_effort": "high"}
+    for names in itertools.permutations(given):
+        response = client.chat(**{name: given[name] for name in names})
+        assert error(response)["param"] == names[0]
 
 
 def test_a_conversation_that_is_too_long_is_named(client):
