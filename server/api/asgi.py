@@ -205,6 +205,11 @@ async def read_json(request: Request, shape: type[Body]) -> Body:
     kind = media_type(request)
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise ContentTypeError("send the body as JSON, with the header `Content-Type: application/json`")
+    if request.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
+        raise ContentTypeError(
+            "a compressed body is not read; send the JSON as it is, without Content-Encoding",
+            param="Content-Encoding",
+        )
     data = await _read(request)
     try:
         return shape.model_validate_json(data, strict=True)

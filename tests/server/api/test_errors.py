@@ -1,5 +1,7 @@
 """Every failure is an envelope with its status, its headers, and nothing that is the server's own."""
 
+import gzip
+
 import pytest
 
 from adapters.errors import AdapterError
@@ -29,6 +31,15 @@ def test_a_body_of_another_kind(client, kind):
     headers = {} if kind is None else {"content-type": kind}
     response = client("POST", "/v1/completions", content='{"prompt": "a"}', headers=headers)
     assert (response.status_code, error(response)["code"]) == (415, "unsupported_media_type")
+
+
+def test_a_packed_body_is_told_from_a_wrong_one(client):
+    packed = gzip.compress(b'{"prompt": "a"}')
+    response = client("POST", "/v1/completions", content=packed, headers={**JSON, "content-encoding": "GZip"})
+    assert (response.status_code, error(response)["code"]) == (415, "unsupported_media_type")
+    assert error(response)["param"] == "Content-Encoding"
+    plain = {**JSON, "content-encoding": "identity"}
+    assert client("POST", "/v1/completions", content='{"prompt": "a"}', headers=plain).status_code == 200
 
 
 def test_json_by_other_names_is_json(client):
