@@ -10,7 +10,7 @@ import asyncio
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from server.api.envelope import error_response
 from server.errors import HeadersTooLargeError
@@ -48,6 +48,24 @@ class DecliningParser(httptools.HttpRequestParser):
                 data = data[offer.args[0] :]
 
 
+class Unchunked:
+    """Ends an answer of unknown length with its connection. uvicorn would send chunks, which HTTP/1.0 does not know."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._send = cycle.send
+        self._endless = False
+
+    async def __call__(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self._endless = b"content-length" not in dict(message["headers"])
+            self._cycle.chunked_encoding = False if self._endless else None
+        elif self._endless:
+            # uvicorn sends no more than was announced, and in the end no less
+            self._cycle.expected_content_length = len(message.get("body", b""))
+        await self._send(message)
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """Counts bytes of which nothing has come yet: no complete head, no part of a body."""
 
@@ -76,6 +94,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._nbytes = 0
         if not self.parser.declines:
             super().on_headers_complete()
+            if self.scope["http_version"] == "1.0":
+                self.cycle.send = Unchunked(self.cycle)  # type: ignore[method-assign]
 
     def on_body(self, body: bytes) -> None:
         self._nbytes = 0

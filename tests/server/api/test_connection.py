@@ -136,3 +136,21 @@ def test_offers_of_other_protocols_one_behind_another(live):
 def test_a_tunnel_is_refused(live):
     head, _ = sent(live, b"CONNECT a:80 HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\nabc")
     assert head.startswith("http/1.1 4")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_older_client_is_sent_no_chunks(live, stream):
+    """HTTP/1.0 does not know them: what has no length ends with the connection."""
+    body = json.dumps({"model": "base", "prompt": "a", "stream": stream}).encode()
+    head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    head, answer = sent(live, b"POST /v1/completions HTTP/1.0\r\n" + head + body)
+    assert head.startswith("http/1.1 200 ")
+    assert "connection: close" in head
+    assert "transfer-encoding" not in head
+    assert ("content-length" in head) is not stream
+    if stream:
+        *events, done, end = answer.split(b"\n\n")
+        assert all(event.startswith(b"data: {") for event in events)
+        assert (done, end) == (b"data: [DONE]", b"")
+    else:
+        assert json.loads(answer)["choices"]
