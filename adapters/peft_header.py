@@ -56,7 +56,7 @@ def place(
 ) -> list[Placed]:
     """The sound pairs in the layout's order; whatever else there is becomes a finding."""
     names = BaseModules(layout.modules)
-    pairs = _pair(headers, layout, names, findings)
+    pairs = _pair(headers, names, findings)
     found = _find(pairs, config, layout, names, findings)
     sound = [
         item
@@ -66,8 +66,8 @@ def place(
     return sorted(sound, key=lambda item: (item.site, item.member))
 
 
-def _pair(headers: Iterable[Header], layout: Layout, names: BaseModules, findings: Findings) -> list[Pair]:
-    """Factors by module; all else is refused, but for copies of the base's own matrices."""
+def _pair(headers: Iterable[Header], names: BaseModules, findings: Findings) -> list[Pair]:
+    """Factors by module; all else is refused."""
     factors: dict[str, dict[Part, Header]] = {}
     for header in headers:
         if len(header.name) > NAME_LENGTH:  # a pattern of the config takes the third power of it
@@ -76,7 +76,7 @@ def _pair(headers: Iterable[Header], layout: Layout, names: BaseModules, finding
             continue
         key = parse_key(header.name)
         if key.part not in ("A", "B"):
-            _check_other(header, key, layout, names, findings)
+            _refuse_other(header, key, names, findings)
         elif key.part in factors.setdefault(key.module, {}):
             other = factors[key.module][key.part].name
             problem = f"is the same factor as {other}"
@@ -97,13 +97,12 @@ def _pair(headers: Iterable[Header], layout: Layout, names: BaseModules, finding
     return pairs
 
 
-def _check_other(header: Header, key: Key, layout: Layout, names: BaseModules, findings: Findings) -> None:
-    if key.part == "base copy" and (own := names.find(key.module)) is not None:
-        site, member = layout.modules[own]
-        if header.shape == (layout.sites[site].members[member].out_features, layout.sites[site].in_features):
-            return
-        problem = "is a copy of a matrix that this base has in another shape, which is not served"
-        findings.unsupported("resized", Finding(header.name, problem))
+def _refuse_other(header: Header, key: Key, names: BaseModules, findings: Findings) -> None:
+    """A finding about a tensor that is no factor."""
+    if key.part == "base copy" and names.find(key.module) is not None:
+        problem = "is a matrix of the base as it was in training, which peft would put in the base's place"
+        cure = "if it was not trained, delete it from the file"
+        findings.unsupported("base matrix", Finding(header.name, problem, cure))
     elif key.part == "unknown":
         findings.invalid("unknown tensor", Finding(header.name, "is not a tensor that peft writes for LoRA"))
     else:

@@ -14,7 +14,7 @@ from typing import Literal
 Part = Literal[
     "A",  # lora_A: [rank, in]
     "B",  # lora_B: [out, rank]
-    "base copy",  # base_layer.weight: the base's own matrix, saved beside an adapted embedding or head
+    "base copy",  # base_layer.weight: the base's own matrix; peft saves it beside an adapted embedding or head
     "magnitude",  # DoRA
     "factor bias",  # lora_bias
     "embedding",  # lora_embedding_A, lora_embedding_B

@@ -7,6 +7,7 @@ import json
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adapters.errors import AdapterError
@@ -15,6 +16,7 @@ from adapters.peft_targets import conditions
 from tests.adapters.samples import LAYERS, make_layout, shapes
 
 LAYOUT = make_layout()
+FILE = "adapter_model.safetensors"
 
 
 class Block(nn.Module):
@@ -170,6 +172,18 @@ def test_modules_that_peft_leaves_out_are_told(tmp_path, name):
 )
 def test_what_cannot_be_told_of_targets_refuses_nothing(settings):
     assert all(meets("model.layers.0.self_attn.q_proj") for meets in conditions(settings))
+
+
+def test_peft_loads_a_matrix_of_the_base_and_it_is_refused(tmp_path):
+    save(tmp_path, target_modules=["q_proj"])
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    trained = {f"{module}.base_layer.weight": torch.randn(LAYOUT.sites[0].members[0].out_features, 16)}
+    save_file(load_file(tmp_path / FILE) | trained, tmp_path / FILE)
+    model = peft.PeftModel.from_pretrained(Base(), tmp_path)
+    loaded = model.get_submodule(module).base_layer.weight
+    assert torch.equal(loaded, trained[f"{module}.base_layer.weight"])
+    with pytest.raises(AdapterError, match="a matrix of the base as it was in training"):
+        read_adapter(tmp_path, "g", LAYOUT, torch.float32, 64)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
