@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from adapters.errors import Finding
 from adapters.findings import Findings, short
+from adapters.peft_keys import unwrapped
 from adapters.peft_patterns import Pattern, compile_patterns, first_match, is_number, is_rank
 from adapters.peft_targets import Condition, conditions
 
@@ -30,6 +31,13 @@ USED = frozenset(
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     }
 )
+
+NAMING = (
+    "target_modules",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+)  # by names, or expressions for them
 
 # No effect on what the tensors mean. The tensors' own keys say whether biases were trained; `fan_in_fan_out` is how the
 # base stores its weight: A and B have the same shapes either way; `ensure_weight_tying` is about embeddings, whose
@@ -137,6 +145,7 @@ def parse_config(data: bytes, findings: Findings) -> PeftConfig | None:
         findings.unsupported("peft_type", Finding(CONFIG_FILE, what, "only LORA is served"))
         return None
     _check_features(raw, findings)
+    raw |= {key: _unwrapped(raw[key]) for key in NAMING if key in raw}
     base_model = raw.get("base_model_name_or_path")
     rank, alpha = raw.get("r", DEFAULT_RANK), raw.get("lora_alpha", DEFAULT_ALPHA)
     for key, value, valid, wanted in (("r", rank, is_rank, RANK), ("lora_alpha", alpha, is_number, NUMBER)):
@@ -180,6 +189,21 @@ def _check_features(raw: Mapping[str, Any], findings: Findings) -> None:
             f"{short(init)} changed the base's weights at the start of training, so this base is another one"
         )
         findings.unsupported("init", Finding(f"{CONFIG_FILE}: init_lora_weights", problem, CONVERSION))
+
+
+def _unwrapped(setting: Any) -> Any:
+    """A setting that names modules, as tensors' names are read: peft takes a compiled base's names as they are."""
+    match setting:
+        case str():
+            return unwrapped(setting)
+        case list():
+            return [unwrapped(name) if isinstance(name, str) else name for name in setting]
+        case dict():
+            found: dict[str, Any] = {}
+            for name, value in setting.items():
+                found.setdefault(unwrapped(name), value)  # the first, as of two that match
+            return found
+    return setting
 
 
 def _sound(text: str) -> str:

@@ -27,9 +27,10 @@ Part = Literal[
     "unknown",
 ]
 
-# Wrappers that training adds around a model, and that a name may begin with or pass through.
-_PREFIX = re.compile(r"^(?:(?:base_model\.model|base_model|module|_orig_mod|_fsdp_wrapped_module)\.)+")
-_INSIDE = re.compile(r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Wrappers that training adds around a model, and that a name may begin with or pass through. An expression that names
+# one may escape its dot.
+_WRAPPER = re.compile(r"(?<!\w)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\\?\.")
+_PREFIX = re.compile(r"^(?:(?:base_model\.model|base_model|module)\.)+")
 # Where the text model sits: bare, in a causal model, or in a multimodal one.
 # At most four: a long name that is made of them is no module's, and is matched with no pattern of the config.
 _HOME = re.compile(r"^(?:(?:model|language_model)\.){1,4}")
@@ -68,9 +69,14 @@ class Key:
     adapter: str = ""  # "default" in a raw state dict; peft leaves it out
 
 
+def unwrapped(text: str) -> str:
+    """A name, or an expression for names, without the wrappers that training puts around modules."""
+    return _WRAPPER.sub("", text)
+
+
 def parse_key(name: str) -> Key:
     """Read one tensor's name."""
-    plain = _INSIDE.sub("", _PREFIX.sub("", name))
+    plain = _PREFIX.sub("", unwrapped(name))
     if match := _FACTOR.match(plain):
         part: Part = "A" if match["part"] == "A" else "B"
         return Key(match["module"], part, match["adapter"] or "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adapters.peft_keys import BaseModules, Key, parse_key
+from adapters.peft_keys import BaseModules, Key, parse_key, unwrapped
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -20,10 +20,27 @@ Q = "model.layers.0.self_attn.q_proj"
         f"_fsdp_wrapped_module.base_model.model.{Q}.lora_A.weight",
         "base_model.model.model.layers.0._fsdp_wrapped_module.self_attn.q_proj.lora_A.weight",
         "base_model.model.model.layers.0._checkpoint_wrapped_module.self_attn.q_proj.lora_A.weight",
+        f"base_model.model._checkpoint_wrapped_module.{Q}.lora_A.weight",
+        f"base_model._orig_mod.model.{Q}.lora_A.weight",
+        "base_model.model.model.layers.0._orig_mod._fsdp_wrapped_module.self_attn.q_proj.lora_A.weight",
     ],
 )
 def test_prefixes_and_wrappers_are_gone(name):
     assert parse_key(name) == Key(Q, "A")
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        (f"_orig_mod.{Q}", Q),
+        (r"_orig_mod\.model\.layers\.\d+\..*", r"model\.layers\.\d+\..*"),
+        ("model._orig_mod.layers.0", "model.layers.0"),
+        ("my_orig_mod.layers.0", "my_orig_mod.layers.0"),
+        (Q, Q),
+    ],
+)
+def test_settings_lose_wrappers_as_tensors_do(text, plain):
+    assert unwrapped(text) == plain
 
 
 def test_raw_state_dicts_name_the_adapter():

@@ -93,6 +93,41 @@ def test_deltas_are_those_of_peft(tmp_path, name):
         torch.testing.assert_close(whole, layer.get_delta_weight("default"))
 
 
+COMPILED = {
+    "every linear": {"target_modules": "all-linear"},
+    "patterns by full names": {
+        "target_modules": ["q_proj"],
+        "rank_pattern": {"_orig_mod.model.layers.0.self_attn.q_proj": 2},
+        "alpha_pattern": {
+            r"_orig_mod\.model\.layers\.1\..*": 64,
+            "_orig_mod.model.layers.0.self_attn.q_proj": 3,
+        },
+    },
+    "an expression": {"target_modules": r"_orig_mod\.model\.layers\.\d+\.mlp\..*"},
+    "but one": {
+        "target_modules": "all-linear",
+        "exclude_modules": ["_orig_mod.model.layers.0.self_attn.q_proj"],
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_names_of_a_compiled_base_are_those_of_the_base(tmp_path, name):
+    """torch.compile before peft: `_orig_mod` is in the names of tensors, and in those that the config has."""
+    config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **COMPILED[name])
+    model = peft.get_peft_model(torch.compile(Base()), config)
+    model.save_pretrained(tmp_path)
+    assert "_orig_mod" in (tmp_path / "adapter_config.json").read_text()
+    deltas = read_adapter(tmp_path, "g", LAYOUT, torch.float32, 64).deltas
+    found = {LAYOUT.sites[delta.site].members[delta.member].module: delta.scale for delta in deltas}
+    assert found == {
+        module.removeprefix("base_model.model._orig_mod."): layer.scaling["default"]
+        for module, layer in model.named_modules()
+        if isinstance(layer, peft.tuners.lora.LoraLayer)
+    }
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     "settings",
