@@ -112,9 +112,9 @@ def _zip_opener(archive: zipfile.ZipFile, info: zipfile.ZipInfo, budget: Budget)
         if info.header_offset < 0:
             raise zipfile.BadZipFile(f"{info.filename!r} lies before the archive")
         if info.flag_bits & 1:
-            raise zipfile.BadZipFile(f"{info.filename!r} is encrypted")
+            raise _unread(info, "is encrypted; make the archive without a password")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise zipfile.BadZipFile(f"{info.filename!r} is neither stored nor deflated")
+            raise _unread(info, "is neither stored nor deflated; make the archive with zip's own compression")
         return Metered(archive.open(info), budget)
 
     return open_entry
@@ -161,6 +161,11 @@ def _zip64_sizes(file: IO[bytes], end: int) -> list[int]:
             if record[:4] == _END_64:
                 found.append(int.from_bytes(record[40:48], "little"))
     return found
+
+
+def _unread(info: zipfile.ZipInfo, problem: str) -> AdapterError:
+    """A sound entry of a kind that is not unpacked."""
+    return AdapterError("invalid_archive", f"{info.filename!r} {problem}")
 
 
 def _too_large(message: str) -> AdapterError:

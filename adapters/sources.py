@@ -7,6 +7,7 @@ opened nor written. Knows nothing of what the files hold, nor of an archive's fo
 from __future__ import annotations
 
 import gzip
+import re
 import tarfile
 import zipfile
 import zlib
@@ -23,6 +24,8 @@ from adapters.store import FILES
 
 ENTRIES = 64
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+_DRIVE = re.compile(r"[A-Za-z]:")  # of Windows
 
 # What the standard readers raise on damaged input.
 DAMAGE = (
@@ -90,7 +93,7 @@ def _take(entries: Iterable[ArchiveEntry], into: Path, files: FileOps, whole: st
     present: list[str] = []
     for entry in entries:
         path = _safe_path(entry)
-        present.append(entry.name)
+        present.append(str(path))
         if len(present) > ENTRIES:
             raise _invalid(f"{whole} has more than {ENTRIES} entries")
         name = path.name.lower()
@@ -118,12 +121,13 @@ def _chunks(entry: ArchiveEntry) -> Iterator[bytes]:
 
 def _safe_path(entry: ArchiveEntry) -> PurePosixPath:
     """An entry's path, once it cannot lead out of the archive."""
-    path = PurePosixPath(entry.name)
+    path = PurePosixPath(entry.name.replace("\\", "/"))  # as .NET separates, and so Windows' PowerShell
     if entry.kind == "other":
         raise _invalid(
-            f"{entry.name!r} is a link or a device, which is never unpacked; archive the files themselves"
+            f"{entry.name!r} is a link or a device, which is never unpacked; archive the files themselves "
+            "(tar -h follows links)"
         )
-    if path.is_absolute() or ".." in path.parts or any(sign in entry.name for sign in "\\\0:"):
+    if path.is_absolute() or ".." in path.parts or "\0" in entry.name or _DRIVE.match(entry.name):
         raise _invalid(
             f"{entry.name!r} is a path that leads out of the archive; archive the folder from inside"
         )

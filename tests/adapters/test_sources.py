@@ -92,6 +92,50 @@ def test_a_tar_of_a_folder_made_by_the_tools(tmp_path, files, form):
     assert unpacked(tmp_path / "archive", tmp_path) == files
 
 
+def windows_zip(path, entries):
+    """As .NET Framework writes one, and so Compress-Archive of Windows' own PowerShell: backslashes, no attributes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            info = zipfile.ZipInfo("x")
+            info.filename, info.create_system, info.compress_type = name, 0, zipfile.ZIP_DEFLATED
+            archive.writestr(info, data)
+    return path
+
+
+def test_a_zip_with_the_separators_of_windows(tmp_path, files):
+    entries = {"out\\adapter\\" + name: data for name, data in files.items()}
+    archive = windows_zip(tmp_path / "archive", {"out\\": b"", "out\\adapter\\": b"", **entries})
+    assert unpacked(archive, tmp_path) == files
+
+
+def test_separators_of_windows_part_folders(tmp_path, files):
+    entries = {"a\\" + CONFIG: files[CONFIG], "b\\" + TENSORS: files[TENSORS]}
+    assert "in different folders" in refused(windows_zip(tmp_path / "archive", entries), tmp_path)
+    (tmp_path / "into" / CONFIG).unlink()
+    (tmp_path / "into" / TENSORS).unlink()
+    entries = {"a\\" + CONFIG: files[CONFIG], "a\\adapter_model.bin": b"\x80\x02"}
+    assert "never loaded" in refused(windows_zip(tmp_path / "archive", entries), tmp_path)
+
+
+@KINDS
+def test_what_the_finder_and_tar_of_macos_add(tmp_path, files, kind):
+    double = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(100)
+    entries = {"__MACOSX/._adapter": double, "adapter/.DS_Store": b"x"}
+    for name, data in files.items():
+        entries |= {
+            "adapter/._" + name: double,
+            "__MACOSX/adapter/._" + name: double,
+            "adapter/" + name: data,
+        }
+    assert unpacked(make(kind, tmp_path / "archive", entries), tmp_path) == files
+
+
+@KINDS
+def test_a_colon_in_a_name_leads_nowhere(tmp_path, files, kind):
+    entries = {"adapter/logs/2026-11-28 10:10:33.log": b"x"} | files
+    assert unpacked(make(kind, tmp_path / "archive", entries), tmp_path) == files
+
+
 def test_other_files_of_a_checkpoint_are_left_alone(tmp_path, files):
     entries = files | {"training_args.bin": pickle.dumps({}), "optimizer.pt": b"PK\x03\x04"}
     assert unpacked(make("zip", tmp_path / "archive", entries), tmp_path) == files
@@ -100,7 +144,18 @@ def test_other_files_of_a_checkpoint_are_left_alone(tmp_path, files):
 @KINDS
 @pytest.mark.parametrize(
     "name",
-    ["../adapter_config.json", "a/../../x", "/etc/passwd", "/adapter_config.json", "..\\x", "C:\\x", "C:/x"],
+    [
+        *(
+            "../adapter_config.json",
+            "a/../../x",
+            "/etc/passwd",
+            "/adapter_config.json",
+            "..\\x",
+            "C:\\x",
+            "C:/x",
+        ),
+        *("a\\..\\..\\x", "\\x", "\\\\host\\x", "c:x"),
+    ],
 )
 def test_paths_that_lead_out(tmp_path, files, kind, name):
     said = refused(make(kind, tmp_path / "archive", {name: b"x"} | files), tmp_path)
@@ -283,7 +338,9 @@ def test_a_zip64_whose_directory_is_gigabytes(tmp_path, files):
 def test_other_compressions_of_zip(tmp_path, files, method):
     with zipfile.ZipFile(tmp_path / "archive", "w", method) as archive:
         archive.writestr(CONFIG, "{}")
-    assert "neither stored nor deflated" in refused(tmp_path / "archive", tmp_path)
+    said = refused(tmp_path / "archive", tmp_path)
+    assert "neither stored nor deflated; make the archive with zip's own compression" in said
+    assert "damaged" not in said
 
 
 def test_an_encrypted_zip(tmp_path, files):
@@ -291,7 +348,9 @@ def test_an_encrypted_zip(tmp_path, files):
     for magic, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         data[data.find(magic) + offset] |= 1
     (tmp_path / "archive").write_bytes(bytes(data))
-    assert "is encrypted" in refused(tmp_path / "archive", tmp_path)
+    said = refused(tmp_path / "archive", tmp_path)
+    assert "is encrypted; make the archive without a password" in said
+    assert "damaged" not in said
 
 
 def test_a_path_that_is_no_text_can_be_told_of(tmp_path, files):
