@@ -79,6 +79,10 @@ def folder_files(folder: Path) -> tuple[Path, ...]:
     if not present:
         raise AdapterError("invalid_adapter", f"{folder} is not a folder, or it is empty")
     missing = [name for name in FILES if not (folder / name).is_file()]
+    inside = [name for name in present if all((folder / name / file).is_file() for file in FILES)]
+    if len(missing) == len(FILES) and inside:
+        problem = f"{folder} is no adapter itself; name one that is in it: {_counted(inside)}"
+        raise AdapterError("invalid_adapter", problem)
     if missing:
         problem = (
             f"{folder} holds {_without(missing, present)}; name a folder that peft's save_pretrained wrote"
@@ -142,8 +146,7 @@ def _shown(path: PurePosixPath) -> str:
 def _without(missing: list[str], present: list[str]) -> str:
     """That files are missing, and what was there instead."""
     names = [PurePosixPath(name).name for name in present]
-    said = f"no {' and no '.join(missing)}, but {', '.join(map(repr, present[:5])) or 'nothing'}"
-    said += f" and {len(present) - 5} more" if len(present) > 5 else ""
+    said = f"no {' and no '.join(missing)}, but {_counted(present)}"
     if FILES[1] not in missing:
         return said
     if (
@@ -154,6 +157,12 @@ def _without(missing: list[str], present: list[str]) -> str:
     if "adapters.safetensors" in names:
         return f"{said}; adapters.safetensors is written by mlx-lm: convert it to peft's format"
     return said
+
+
+def _counted(names: list[str]) -> str:
+    """The first five, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(map(repr, names[:5])) or "nothing") + more
 
 
 def _what_else(head: bytes) -> str:

@@ -449,3 +449,15 @@ def test_folders_without_an_adapter(tmp_path):
         AdapterError, match=r"no adapter_config\.json and no adapter_model\.safetensors, but 'adapter_model"
     ):
         copy_folder(tmp_path / "here", tmp_path)
+
+
+@pytest.mark.parametrize("names", [["legal"], ["checkpoint-10", "checkpoint-900"], list("abcdefg")])
+def test_a_folder_of_adapters_says_which_it_holds(tmp_path, names):
+    """What peft writes for several adapters, and a Trainer for its checkpoints."""
+    for name in names:
+        write_folder(tmp_path / "out" / name)
+    (tmp_path / "out" / "README.md").write_text("words")
+    with pytest.raises(AdapterError) as caught:
+        copy_folder(tmp_path / "out", tmp_path)
+    shown = ", ".join(map(repr, names[:5])) + (" and 2 more" if len(names) > 5 else "")
+    assert str(caught.value) == (f"{tmp_path / 'out'} is no adapter itself; name one that is in it: {shown}")
