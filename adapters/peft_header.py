@@ -18,18 +18,29 @@ from adapters.tensor_file import DTYPES, Header
 TENSOR_FILE = "adapter_model.safetensors"
 NAME_LENGTH = 512  # characters of a tensor's name
 
-_UNSUPPORTED: dict[Part, str] = {
-    "magnitude": "is a DoRA magnitude",
-    "factor bias": "is a bias beside a LoRA factor (lora_bias)",
-    "embedding": "adapts an embedding",
-    "token": "holds embeddings of single tokens (trainable_token_indices)",
-    "bias": "is a trained bias of the base",
-    "module": "is a whole matrix (modules_to_save, or an embedding saved with the adapter)",
-    "base copy": "belongs to an adapted embedding or output head",
-    "mlx": "is a factor as mlx-lm writes it, transposed and with another scale",
-    "image": "belongs to an image model's LoRA (kohya or diffusers)",
-    "gguf": "is named as in a GGUF file, whose rows are permuted",
+_UNSUPPORTED: dict[Part, tuple[str, str]] = {
+    "magnitude": ("is a DoRA magnitude", "train without use_dora"),
+    "factor bias": ("is a bias beside a LoRA factor", "train without lora_bias"),
+    "embedding": ("adapts an embedding", "train without embeddings in target_modules"),
+    "token": ("holds embeddings of single tokens", "train without trainable_token_indices"),
+    "bias": ("is a trained bias of the base", 'train with bias="none"'),
+    "module": (
+        "is a whole matrix (modules_to_save, or an embedding saved with the adapter)",
+        "train without modules_to_save; if it was not trained, save with save_embedding_layers=False",
+    ),
+    "base copy": (
+        "belongs to an adapted embedding or output head",
+        "train without embed_tokens and lm_head in target_modules",
+    ),
+    "mlx": (
+        "is a factor as mlx-lm writes it, transposed and with another scale",
+        "convert the adapter to peft's format",
+    ),
+    "image": ("belongs to an image model's LoRA (kohya or diffusers)", ""),
+    "gguf": ("is named as in a GGUF file, whose rows are permuted", "send the peft adapter it was made from"),
 }
+
+UNGATHERED = "gather the shards (of DeepSpeed's ZeRO-3, or FSDP) before saving, and save the adapter again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +117,8 @@ def _refuse_other(header: Header, key: Key, names: BaseModules, findings: Findin
     elif key.part == "unknown":
         findings.invalid("unknown tensor", Finding(header.name, "is not a tensor that peft writes for LoRA"))
     else:
-        finding = Finding(header.name, f"{_UNSUPPORTED[key.part]}, which is not served")
-        findings.unsupported(key.part, finding)
+        problem, cure = _UNSUPPORTED[key.part]
+        findings.unsupported(key.part, Finding(header.name, f"{problem}, which is not served", cure))
 
 
 def _find(
@@ -159,6 +170,8 @@ def _check_shapes(item: Placed, layout: Layout, findings: Findings) -> bool:
     cure = "use the base that it was trained on"
     if flat and a[1] == b[0] and (a[0], b[1]) == (inside, outside):
         problem, cure = f"its factors are transposed: {problem}", "transpose both, as peft stores them"
+    elif any(len(header.shape) < 2 or 0 in header.shape for header in (pair.a, pair.b)):
+        cure = UNGATHERED
     findings.invalid("shape", Finding(pair.module, problem, cure))
     return False
 
@@ -167,7 +180,7 @@ def _check_rank(item: Placed, max_rank: int, findings: Findings) -> bool:
     """The rank of sound shapes: above zero, within the cap, and what the config says."""
     rank, module = item.pair.a.shape[0], item.pair.module
     if rank < 1:
-        findings.invalid("no rank", Finding(module, "has rank 0", "save the adapter again"))
+        findings.invalid("no rank", Finding(module, "has rank 0", UNGATHERED))
         return False
     if item.trained and item.trained.rank != rank:
         problem = f"has rank {rank}, and {CONFIG_FILE} says {item.trained.rank}"

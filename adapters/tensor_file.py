@@ -18,6 +18,7 @@ from adapters.errors import AdapterError, Finding
 from adapters.magic import CONVERTER, looks_like_pickle, looks_like_safetensors
 
 TENSORS = 100_000
+LFS_POINTER = b"version h"  # how "version https://git-lfs.github.com/spec/v1" begins
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of tensors that can be read
 
@@ -69,6 +70,9 @@ def header_length(path: Path) -> int:
         raise refused(path, "is a PyTorch pickle, which is never loaded, under another name", CONVERTER)
     if head[:4] == b"GGUF":
         raise refused(path, "is a GGUF file", "send the peft adapter it was made from")
+    if head == LFS_POINTER:
+        problem = "is not a safetensors file but the pointer that Git LFS keeps in its place"
+        raise refused(path, problem, "fetch the file itself: git lfs pull")
     if len(head) < 9:
         raise refused(path, f"is cut short: it has {size} bytes", "send it again")
     raise refused(path, "is not a safetensors file: it starts with no header length and JSON header")

@@ -231,24 +231,48 @@ def test_an_adapter_of_another_base(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "said", "cure"),
     [
-        ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA"),
-        ("base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias", "lora_bias"),
-        ("base_model.model.model.layers.0.self_attn.q_proj.bias", "trained bias"),
-        ("base_model.model.lm_head.weight", "modules_to_save"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "adapts an embedding"),
-        ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "single tokens"),
-        ("base_model.model.model.embed_tokens.base_layer.weight", "adapted embedding or output head"),
-        ("base_model.model.lm_head.base_layer.weight", "belongs to an adapted embedding or output head"),
-        ("model.layers.0.self_attn.q_proj.lora_a", "mlx"),
-        ("lora_unet_mid_block.lora_down.weight", "image"),
-        ("blk.0.attn_q.weight.lora_a", "GGUF"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA", "use_dora"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias", "lora_bias", "without lora_bias"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.bias", "trained bias", 'bias="none"'),
+        ("base_model.model.lm_head.weight", "modules_to_save", "save_embedding_layers=False"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "adapts an embedding", "target_modules"),
+        (
+            "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+            "single tokens",
+            "trainable_token_indices",
+        ),
+        (
+            "base_model.model.model.embed_tokens.base_layer.weight",
+            "adapted embedding or output head",
+            "without embed_tokens",
+        ),
+        (
+            "base_model.model.lm_head.base_layer.weight",
+            "belongs to an adapted embedding or output head",
+            "target_modules",
+        ),
+        ("model.layers.0.self_attn.q_proj.lora_a", "mlx", "convert the adapter"),
+        ("lora_unet_mid_block.lora_down.weight", "image", ""),
+        ("blk.0.attn_q.weight.lora_a", "GGUF", "peft adapter it was made from"),
     ],
 )
-def test_tensors_of_features_that_are_not_served(tmp_path, name, said):
+def test_tensors_of_features_that_are_not_served(tmp_path, name, said, cure):
     folder = write_folder(tmp_path, tensors=make_tensors() | {name: torch.ones(16)})
-    assert said in refused(folder, "unsupported_adapter_feature")
+    told = refused(folder, "unsupported_adapter_feature")
+    assert said in told
+    assert cure in told.partition("which is not served; ")[2]
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [((0,), (0,)), ((0, 16), (16, 0)), ((64,), (64,)), ((2, 16), (0,)), ((0, 16), (0,))]
+)
+def test_shards_that_were_not_gathered(tmp_path, a, b):
+    """What DeepSpeed's ZeRO-3 and FSDP leave in a process are parts of each tensor, flat or empty."""
+    tensors = make_tensors()
+    tensors[f"{Q0}.lora_A.weight"], tensors[f"{Q0}.lora_B.weight"] = torch.ones(a), torch.ones(b)
+    assert "; gather the shards" in refused(write_folder(tmp_path, tensors=tensors))
 
 
 def test_unknown_tensors_are_refused(tmp_path):
@@ -319,7 +343,11 @@ F4 = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         (b"PK\x03\x04" + b"\x14" * 40, "is a PyTorch pickle"),
         (b"\x80\x02}q\x00(X\x05\x00\x00\x00abcde", "is a PyTorch pickle"),
         (b"GGUF\x03\0\0\0\0\0\0\0", "is a GGUF file"),
-        (b"version https://git-lfs.github.com/spec/v1", "is not a safetensors file"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+            "is not a safetensors file but the pointer that Git LFS keeps in its place; fetch the file itself",
+        ),
+        (b"<!DOCTYPE html><html>", "is not a safetensors file"),
     ],
 )
 def test_hostile_tensor_files(tmp_path, data, said):
