@@ -67,6 +67,9 @@ REFUSED: Mapping[str, str] = {
     "velora_config": "VeLoRA changes the forward",
 }
 
+# Not DoRA, which is a LORA to peft: its magnitudes would be left out.
+ONLY_LORA = "only LORA is served; peft's save_as_lora approximates many other kinds by one"
+
 # Initialisations that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) subtract the
 # initial B @ A from the base, so the saved tensors are exact on that changed base only.
 PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
@@ -142,7 +145,7 @@ def parse_config(data: bytes, findings: Findings) -> PeftConfig | None:
     if raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type")
         what = "names no peft_type" if kind is None else f"is of peft_type {short(kind)}"
-        findings.unsupported("peft_type", Finding(CONFIG_FILE, what, "only LORA is served"))
+        findings.unsupported("peft_type", Finding(CONFIG_FILE, what, ONLY_LORA))
         return None
     _check_features(raw, findings)
     raw |= {key: _unwrapped(raw[key]) for key in NAMING if key in raw}

@@ -93,6 +93,20 @@ def test_deltas_are_those_of_peft(tmp_path, name):
         torch.testing.assert_close(whole, layer.get_delta_weight("default"))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_another_kind_is_refused_with_its_conversion_which_is_read(tmp_path):
+    config = peft.LoHaConfig(r=4, target_modules=["q_proj", "down_proj"], init_weights=False)
+    model = peft.get_peft_model(Base(), config)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="save_as_lora"):
+        read_adapter(tmp_path, "g", LAYOUT, torch.float32, 64)
+    peft.save_as_lora(tmp_path / "lora", model, rank=16)  # all that these matrices have
+    for delta in read_adapter(tmp_path / "lora", "g", LAYOUT, torch.float32, 64).deltas:
+        module = LAYOUT.sites[delta.site].members[delta.member].module
+        wanted = model.base_model.model.get_submodule(module).get_delta_weight("default")
+        torch.testing.assert_close(delta.scale * (delta.b.t() @ delta.a), wanted, atol=1e-5, rtol=1e-4)
+
+
 COMPILED = {
     "every linear": {"target_modules": "all-linear"},
     "patterns by full names": {
