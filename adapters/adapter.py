@@ -39,9 +39,13 @@ class Site:
 
 @dataclass(frozen=True)
 class Layout:
-    """All sites of a base model, in the order of its layers."""
+    """All sites of a base model, in the order of its layers.
+
+    `idle` are the parts of a multimodal base that no text passes through: an adapter changes nothing there.
+    """
 
     sites: tuple[Site, ...]
+    idle: tuple[str, ...] = ()  # "model.vision_tower"
 
     @cached_property
     def groups(self) -> Mapping[str, tuple[int, ...]]:

@@ -66,7 +66,7 @@ def place(
     headers: Iterable[Header], config: PeftConfig | None, layout: Layout, max_rank: int, findings: Findings
 ) -> list[Placed]:
     """The sound pairs in the layout's order; whatever else there is becomes a finding."""
-    names = BaseModules(layout.modules)
+    names = BaseModules(layout.modules, layout.idle)
     pairs = _pair(headers, names, findings)
     found = _find(pairs, config, layout, names, findings)
     sound = [
@@ -124,13 +124,15 @@ def _refuse_other(header: Header, key: Key, names: BaseModules, findings: Findin
 def _find(
     pairs: list[Pair], config: PeftConfig | None, layout: Layout, names: BaseModules, findings: Findings
 ) -> list[Placed]:
-    """Find each pair's module in the base, and its scale."""
+    """Find each pair's module in the base, and its scale; those in idle parts of the base are left out."""
     ours = (pair.module for pair in pairs if names.find(pair.module) is not None)
     trained = config.trained(ours, findings) if config else {}
     placed: dict[str, Placed] = {}
     strangers: list[Pair] = []
     for pair in pairs:
         own = names.find(pair.module)
+        if own is None and names.is_idle(pair.module):
+            continue
         if own is None:
             strangers.append(pair)
         elif own in placed:
@@ -142,6 +144,9 @@ def _find(
     if strangers and not placed:
         problem = f"none of its {len(pairs)} modules is in this base, which adapts {names.shown()}"
         findings.invalid("base", Finding(strangers[0].module, problem, "use the base that it was trained on"))
+    elif pairs and not placed:
+        problem = "is, like all that it adapts, in a part of the base that no text passes through"
+        findings.invalid("idle", Finding(pairs[0].module, problem, "adapt the text model"))
     else:
         _report_strangers(strangers, names, findings)
     return list(placed.values())

@@ -89,8 +89,9 @@ def parse_key(name: str) -> Key:
 class BaseModules:
     """A base's adaptable modules, found by the names that other bases of the same text model give them."""
 
-    def __init__(self, modules: Iterable[str]) -> None:
+    def __init__(self, modules: Iterable[str], idle: Iterable[str] = ()) -> None:
         self._modules = tuple(modules)
+        self._idle = tuple(f"{_HOME.sub('', part)}." for part in idle)
         self._exact = frozenset(self._modules)
         self._bare: dict[str, str | None] = {}
         for module in self._modules:
@@ -100,6 +101,10 @@ class BaseModules:
     def find(self, module: str) -> str | None:
         """The base's own name of a module, or None."""
         return module if module in self._exact else self._bare.get(_HOME.sub("", module))
+
+    def is_idle(self, module: str) -> bool:
+        """Whether it is in a part of the base that no text passes through."""
+        return f"{_HOME.sub('', module)}.".startswith(self._idle)
 
     def near(self, module: str) -> str | None:
         """A module of the base that may have been meant: a sibling of nearly the same name."""

@@ -66,11 +66,12 @@ def probe(model: PreTrainedModel) -> Probed:
     _refuse_unserved_attention(name, config.num_hidden_layers, layers)
     _refuse_other_positions(model, ids[:, :1])
     unadapted = _unadapted(model, calls)
-    layout = _layout([call for call in calls.values() if call.module not in unadapted])
-    if not layout.sites:
+    sites = _sites([call for call in calls.values() if call.module not in unadapted])
+    if not sites:
         raise UnsupportedModelError(
             f"{name} cannot be served: it has no nn.Linear that an adapter could change"
         )
+    layout = Layout(sites, _idle(model, calls))
     return Probed(layout, unadapted, tuple(layers[index] for index in sorted(layers)))
 
 
@@ -185,7 +186,29 @@ def _without_numbers(path: str) -> str:
     return re.sub(r"\d+", "*", path)
 
 
-def _layout(calls: list[_Call]) -> Layout:
+def _idle(model: PreTrainedModel, calls: Mapping[str, _Call]) -> tuple[str, ...]:
+    """The parts beside the text model that no text passes through: towers for images or sound.
+
+    Inside of the text model, what three tokens did not reach another text may: an expert.
+    """
+    decoder = model.get_decoder()
+    home = next((path for path, module in model.named_modules() if path and module is decoder), None)
+    if home is None:
+        return ()
+    passed = [f"{home}.", *(f"{path}." for path in calls)]
+    others = (linear for linear in _linears(model) if not linear.startswith(f"{home}."))
+    parts = (_unpassed(linear, passed) for linear in others)
+    return tuple(dict.fromkeys(part for part in parts if part))
+
+
+def _unpassed(linear: str, passed: list[str]) -> str | None:
+    """The largest part around a linear that has none of `passed` in it."""
+    names = linear.split(".")
+    around = (".".join(names[:count]) for count in range(1, len(names) + 1))
+    return next((part for part in around if not any(one.startswith(f"{part}.") for one in passed)), None)
+
+
+def _sites(calls: list[_Call]) -> tuple[Site, ...]:
     """Consecutive calls of one parent with one input are siblings of one site."""
     runs: list[list[_Call]] = []
     for call in calls:
@@ -195,11 +218,9 @@ def _layout(calls: list[_Call]) -> Layout:
             runs[-1].append(call)
         else:
             runs.append([call])
-    return Layout(
-        tuple(
-            Site(_group_name(run), run[0].in_features, tuple(Member(c.module, c.out_features) for c in run))
-            for run in runs
-        )
+    return tuple(
+        Site(_group_name(run), run[0].in_features, tuple(Member(c.module, c.out_features) for c in run))
+        for run in runs
     )
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -273,6 +274,21 @@ def test_shards_that_were_not_gathered(tmp_path, a, b):
     tensors = make_tensors()
     tensors[f"{Q0}.lora_A.weight"], tensors[f"{Q0}.lora_B.weight"] = torch.ones(a), torch.ones(b)
     assert "; gather the shards" in refused(write_folder(tmp_path, tensors=tensors))
+
+
+def test_what_no_text_passes_through_is_left_out(tmp_path):
+    """A tower for images, however the release of transformers that the adapter was trained with calls it."""
+    layout = replace(make_layout(home="model.language_model."), idle=("model.vision_tower",))
+    tensors = make_tensors(layout=layout)
+    plain = read(write_folder(tmp_path / "plain", tensors=tensors), layout=layout)
+    tower = "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"
+    for home in ("base_model.model.", "base_model.model.model."):
+        extra = {f"{home}{tower}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
+        adapter = read(write_folder(tmp_path / home, tensors=tensors | extra), layout=layout)
+        assert [delta.site for delta in adapter.deltas] == [delta.site for delta in plain.deltas]
+        assert "is not a module that this base adapts" in refused(tmp_path / home)
+    said = refused(write_folder(tmp_path / "only", tensors=extra), layout=layout)
+    assert f"model.{tower}: is, like all that it adapts, in a part of the base that no text passes" in said
 
 
 def test_unknown_tensors_are_refused(tmp_path):

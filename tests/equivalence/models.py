@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     Gemma2Config,
+    Gemma3Config,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -40,6 +41,19 @@ CONFIGS = {
     "gemma2": lambda: Gemma2Config(head_dim=64, sliding_window=32, final_logit_softcapping=30.0, **_SIZES),
     "phi3": lambda: Phi3Config(**_SIZES),
 }
+_IMAGES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_TEXT = {"head_dim": 64, "sliding_window": 32, **_SIZES}
+# With a tower for images beside the text model, whose linears have the names of the adapters' targets.
+MULTIMODAL = {
+    "gemma3": lambda: Gemma3Config(text_config=_TEXT, vision_config=_IMAGES, mm_tokens_per_image=4),
+}
 _SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
@@ -64,7 +78,7 @@ def adapter_configs(architecture: str) -> dict[str, LoraConfig]:
 def plain_model(architecture: str) -> nn.Module:
     """Random weights in float32."""
     torch.manual_seed(0)
-    config = CONFIGS[architecture]()
+    config = (CONFIGS | MULTIMODAL)[architecture]()
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
 
 

@@ -3,13 +3,23 @@
 import pytest
 
 from tests.equivalence.case import Case, assert_as_good_as_peft, assert_exact
-from tests.equivalence.models import CONFIGS
+from tests.equivalence.models import CONFIGS, MULTIMODAL
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize("how", ["fp32", "nf4"])
 def test_exact_paths_agree_with_peft(architecture, how, tmp_path):
     assert_exact(Case(architecture, how, tmp_path))
+
+
+@pytest.mark.parametrize("architecture", MULTIMODAL)
+@pytest.mark.parametrize("how", ["fp32", "nf4"])
+def test_a_multimodal_base_agrees_with_peft_on_text(architecture, how, tmp_path):
+    """Its adapters have factors for the tower too: peft's targets are the ends of names."""
+    case = Case(architecture, how, tmp_path)
+    trained = {name.rpartition(".lora_A")[0] for name in case.peft.state_dict() if ".lora_A." in name}
+    assert any("vision_tower" in name for name in trained)
+    assert_exact(case)
 
 
 @pytest.mark.parametrize("how", ["fp32", "nf4"])

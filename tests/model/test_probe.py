@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from server.errors import UnsupportedModelError
-from server.model.attention import register
+from server.model.attention import IMPLEMENTATION, register
 from server.model.linear import LoRALinear, Unadapted
 from server.model.probe import probe
 from server.model.servable import make_servable
@@ -49,6 +49,51 @@ def test_sites_are_the_models_linears_but_for_the_head():
     layout = make_servable(model).layout
     assert {m.module: m.out_features for site in layout.sites for m in site.members} == linears
     assert [site.in_features for site in layout.sites[:4]] == [64, 64, 64, 96]
+
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def test_what_no_text_passes_through_is_idle():
+    text = SIZES | {"head_dim": 16}
+    config = transformers.Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4)
+    layout = make_servable(make_model(config)).layout
+    assert layout.idle == ("model.vision_tower",)
+    assert all(module.startswith("model.language_model.layers.") for module in layout.modules)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.LlamaConfig(**SIZES),
+        transformers.MixtralConfig(num_local_experts=4, **SIZES),
+        transformers.GPTNeoXConfig(**NEOX),
+    ],
+    ids=["llama", "mixtral", "gpt neox"],
+)
+def test_a_text_model_has_nothing_idle(config):
+    assert probe(_attending(make_model(config))).layout.idle == ()
+
+
+def test_an_expert_that_the_probe_did_not_reach_is_not_idle():
+    """Nor anything else inside of the text model."""
+    model = _attending(make_model())
+    model.model.layers[0].mlp.expert = nn.Linear(64, 64)
+    model.tower = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    assert probe(model).layout.idle == ("tower",)
+
+
+def _attending(model):
+    register()
+    model.set_attn_implementation(IMPLEMENTATION)
+    return model
 
 
 def test_what_attention_needs():
