@@ -16,8 +16,15 @@ logger = logging.getLogger(__name__)
 def check_modules(settings: Settings) -> None:
     """Refuse `--lora-modules` that lead nowhere; what is in them can be judged with the base at hand only."""
     for module in settings.lora_modules:
+        given = f"--lora-modules {module.name}={module.path}"
+        if module.path.is_file():
+            raise SettingsError(
+                f"{given}: is a file, and a folder is asked for; unpack it, or put it once the server is ready"
+            )
         if not module.path.is_dir():
-            raise SettingsError(f"--lora-modules {module.name}={module.path}: there is no such folder")
+            raise SettingsError(
+                f"{given}: there is no such folder; an adapter of a model hub has to be downloaded first"
+            )
 
 
 def register_modules(settings: Settings, registry: Registry) -> None:

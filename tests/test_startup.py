@@ -419,7 +419,7 @@ def test_an_adapter_that_host_memory_cannot_hold_is_refused(load):
         load(adapter_host_memory_bytes="1KB")
 
 
-@pytest.mark.parametrize("what", ["file", "lost", "locked"])
+@pytest.mark.parametrize("what", ["file", "lost", "hub", "archive", "locked"])
 def test_a_path_that_cannot_be_used_is_told_before_the_weights_are_read(tmp_path, what):
     (tmp_path / "file").write_text("")
     given, said = {
@@ -430,6 +430,14 @@ def test_a_path_that_cannot_be_used_is_told_before_the_weights_are_read(tmp_path
         "lost": (
             {"lora_modules": {"legal": tmp_path / "no"}},
             "--lora-modules legal=.*/no: there is no such",
+        ),
+        "hub": (
+            {"lora_modules": {"legal": "somebody/legal"}},
+            "=somebody/legal: there is no such folder; an adapter of a model hub has to be downloaded",
+        ),
+        "archive": (
+            {"lora_modules": {"legal": tmp_path / "file"}},
+            "--lora-modules legal=.*/file: is a file, and a folder is asked for; unpack it",
         ),
         "locked": ({}, "is in use by process"),
     }[what]
