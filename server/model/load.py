@@ -252,5 +252,11 @@ def _refuse_experts(folder: Path, config: PreTrainedConfig, source: ModelSource)
 
 
 def experts_of(model: PreTrainedModel) -> list[str]:
-    """The names of mixture-of-experts weights: all experts' in one parameter, which is no linear's."""
-    return [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    """The names of mixture-of-experts weights: all experts' in one parameter, which is no linear's.
+
+    Those of the text model: a tower for images may have a table of positions of as many dimensions.
+    """
+    text = {id(parameter) for parameter in model.get_decoder().parameters()}
+    return [
+        name for name, parameter in model.named_parameters() if parameter.ndim == 3 and id(parameter) in text
+    ]

@@ -10,7 +10,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import MixtralConfig, T5Config
+from transformers import Gemma4Config, MixtralConfig, T5Config
 
 from server.config import SettingsError
 from server.errors import UnsupportedModelError
@@ -252,6 +252,18 @@ def test_a_repository_without_safetensors_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("quantization", "kind"), [("nf4", "nf4"), ("int8", "int8"), ("none", "float32")])
 def test_what_the_weights_are_is_said(folder, quantization, kind):
     assert kind_of_weights(load_model(source(folder, quantization))) == kind
+
+
+def test_a_table_of_an_image_tower_is_no_expert(tmp_path):
+    """Gemma 4 has one of three dimensions, beside a text model of which every linear can be quantized."""
+    images = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    images |= {"num_key_value_heads": 2, "head_dim": 16}
+    text = SIZES | {"head_dim": 32, "global_head_dim": 32, "vocab_size_per_layer_input": SIZES["vocab_size"]}
+    model = make_model(Gemma4Config(text_config=text, vision_config=images))
+    assert any(parameter.ndim == 3 for parameter in model.model.vision_tower.parameters())
+    model.save_pretrained(tmp_path / "made")
+    servable = make_servable(load_model(source(tmp_path / "made", "nf4")))
+    assert servable.layout.idle == ("model.vision_tower", "model.embed_vision")
 
 
 @pytest.mark.parametrize("kept", [False, True])
