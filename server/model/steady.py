@@ -53,6 +53,7 @@ class RotaryTable(nn.Module):
     def __init__(self, original: nn.Module, length: int) -> None:
         super().__init__()
         self.original = original
+        self.config = getattr(original, "config", None)  # Granite asks it for its base
         self.length = length
         self._tables: dict[object, Tensor | tuple[Tensor, ...]] = {}
 
