@@ -21,8 +21,11 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
@@ -78,7 +81,7 @@ def load_model(source: ModelSource) -> PreTrainedModel:
 def _as_asked(folder: Path, config: PreTrainedConfig, source: ModelSource) -> PreTrainedModel:
     """The weights as they are, quantized on their way, or from the quantized copy."""
     if getattr(config, "quantization_config", None) is not None or source.quantization == "none":
-        return _read(folder, source, None)
+        return _read(folder, config, source, None)
     quantization = _quantization_config(source.quantization)
     if source.cache is None:
         return _quantized(folder, config, source, quantization)
@@ -89,7 +92,7 @@ def _quantized(
     folder: Path, config: PreTrainedConfig, source: ModelSource, quantization: BitsAndBytesConfig
 ) -> PreTrainedModel:
     _refuse_experts(folder, config, source)
-    return _read(folder, source, quantization)
+    return _read(folder, config, source, quantization)
 
 
 def _from_copy(
@@ -117,13 +120,13 @@ def _from_copy(
     try:
         copy = cached(cache, key, quantize)
         try:
-            return _read(copy, source, None)
+            return _read(copy, config, source, None)
         except UnsupportedModelError as error:
             if isinstance(error.__cause__, _ELSEWHERE):
                 raise
             logger.warning("the quantized copy cannot be read, so it is made again: %s", error)
             shutil.rmtree(copy)
-            return _read(cached(cache, key, quantize), source, None)
+            return _read(cached(cache, key, quantize), config, source, None)
     except OSError as error:
         raise SettingsError(
             f"--quantized-cache {cache}: cannot be used: {error.strerror or error}; name another folder"
@@ -149,10 +152,12 @@ def _folder(source: ModelSource) -> Path:
     return folder
 
 
-def _read(folder: Path, source: ModelSource, quantization: BitsAndBytesConfig | None) -> PreTrainedModel:
+def _read(
+    folder: Path, config: PreTrainedConfig, source: ModelSource, quantization: BitsAndBytesConfig | None
+) -> PreTrainedModel:
     given: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
     with _refused_where_it_fails(folder, source):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = _auto_class(config, source).from_pretrained(
             folder,
             dtype=source.dtype,
             device_map={"": source.device},
@@ -166,6 +171,18 @@ def _read(folder: Path, source: ModelSource, quantization: BitsAndBytesConfig | 
         if parameter.is_floating_point():  # a quantized checkpoint is left in the dtype it was saved with
             parameter.data = parameter.data.to(source.dtype)
     return cast(PreTrainedModel, model)
+
+
+def _auto_class(config: PreTrainedConfig, source: ModelSource) -> Any:  # of transformers, which has no types
+    """The text of a model for images too is served, if the model's way with text is."""
+    of_its_own = source.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if of_its_own or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise UnsupportedModelError(
+        f"{source.model} cannot be served: transformers has no causal language model of type {config.model_type}"
+    )
 
 
 @contextmanager
@@ -241,7 +258,7 @@ def _refuse_longer_texts(config: PreTrainedConfig, source: ModelSource) -> None:
 def _refuse_experts(folder: Path, config: PreTrainedConfig, source: ModelSource) -> None:
     """Mixture-of-experts weights are 3-D parameters, which bitsandbytes leaves as they are: not a 4-bit model."""
     with _refused_where_it_fails(folder, source), torch.device("meta"):  # the model without its weights
-        model = AutoModelForCausalLM.from_config(
+        model = _auto_class(config, source).from_config(
             config, attn_implementation="eager", trust_remote_code=source.trust_remote_code
         )
     if left := experts_of(model):

@@ -83,11 +83,16 @@ def _seen(
     with _stand_ins(model, step) as calls, probing() as layers, torch.inference_mode():
         try:
             last = torch.tensor([ids.shape[1] - 1], device=model.device)
-            model(input_ids=ids, use_cache=False, logits_to_keep=last, **given)
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=last, **given).logits
         except Exception as error:
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be served: a forward pass over flattened tokens fails: {error}"
             ) from error
+    if logits.shape[1] != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be served: it computes the logits of all tokens, whichever are asked for "
+            "(logits_to_keep)"
+        )
     return calls, layers
 
 

@@ -60,10 +60,12 @@ class RotaryTable(nn.Module):
     def forward(
         self,
         x: Tensor,  # [1, rows, hidden]; only its dtype and device matter
-        position_ids: Tensor,  # [1, rows]
+        position_ids: Tensor,  # [1, rows], or [3, 1, rows] where images have a place in three directions
         *args: Any,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, ...]:
+        if position_ids.dim() == 3:  # in which a text goes on alike
+            position_ids = position_ids[0]
         key = (x.dtype, x.device, args, tuple(sorted(kwargs.items())))
         if key not in self._tables:
             positions = torch.arange(self.length, device=x.device)[None]

@@ -1,4 +1,4 @@
-"""Every causal architecture of transformers, tiny and random: a mixed batch of it agrees with peft, or it is refused.
+"""Every language model of transformers, tiny and random: a mixed batch of it agrees with peft, or it is refused.
 
     python -m tests.equivalence.architectures        # all, some minutes; writes the lists of docs/models.md
     python -m tests.equivalence.architectures glm4   # these alone, nothing is written
@@ -19,9 +19,18 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from kernels.cpu.library import load
 from server.errors import UnsupportedModelError
@@ -35,6 +44,7 @@ from tests.generate_docs import DOCS, renewed
 
 Status = Literal["served", "without quantization", "refused", "not tried", "wrong"]
 
+CLASSES: dict[str, str] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES | MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 VOCAB = 160
 MOST_WEIGHTS = 60_000_000  # of a model that is still tiny: some have parts that no size here changes
 LAYERS = 4
@@ -69,6 +79,9 @@ SIZES: dict[str, Any] = {
     "is_decoder": True,  # BERT and its kin see what comes after, else
 }
 ONLY_IF_GIVEN = ("sliding_window", "q_lora_rank", "num_kv_shared_layers")  # None or 0 means without
+SECTIONS = dict.fromkeys(
+    ["qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"], (2, 3, 3)
+)
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 OF_ONE: dict[str, dict[str, Any]] = {  # what one architecture asks for besides
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(["full_attention", "sliding_attention"], ROPE)},
@@ -93,7 +106,7 @@ class Outcome:
 def tiny_config(kind: str) -> PreTrainedConfig:
     """The architecture's own defaults, but for sizes."""
     of = CONFIG_MAPPING[kind]
-    return of(**_sizes(of()) | OF_ONE.get(kind, {}))
+    return of(**_sizes(of()))
 
 
 def _sizes(config: PreTrainedConfig) -> dict[str, Any]:
@@ -111,19 +124,28 @@ def _sizes(config: PreTrainedConfig) -> dict[str, Any]:
         given["num_key_value_heads"] = SIZES["num_attention_heads"]
         if "head_dim" in default:
             given["head_dim"] = SIZES["qk_rope_head_dim"]
+    if config.model_type in SECTIONS:
+        given["rope_parameters"] = ROPE | {"mrope_section": SECTIONS[config.model_type]}
     for name in config.sub_configs:
         if isinstance(part := getattr(config, name, None), PreTrainedConfig):
             given[name] = _sizes(part)
-    return given
+    return given | OF_ONE.get(config.model_type, {})
 
 
 def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Random weights in float32, biases and norms random too."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
+    model = _untouched(config).eval().float()
     for parameter in model.parameters():
         parameter.data += torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.06)
     return model
+
+
+def _untouched(config: PreTrainedConfig) -> PreTrainedModel:
+    auto = (
+        AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    )
+    return auto.from_config(config, attn_implementation="eager")
 
 
 def outcome(kind: str) -> Outcome:
@@ -131,7 +153,7 @@ def outcome(kind: str) -> Outcome:
     try:
         config = tiny_config(kind)
         with torch.device("meta"):
-            weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            weights = sum(parameter.numel() for parameter in _untouched(config).parameters())
         if weights > MOST_WEIGHTS:
             return Outcome("not tried", f"it would have {weights / 1e6:.0f} million weights")
         model = tiny_model(config)

@@ -9,6 +9,8 @@ from tests.equivalence.architectures import outcome
     ("kind", "status"),
     [
         ("gemma3", "served"),  # with a tower for images
+        ("mistral3", "served"),  # no causal model to transformers
+        ("qwen3_vl", "served"),  # positions in three directions
         ("gemma4_text", "served"),  # layers that share keys
         ("granite_swa", "served"),  # sinks, and a base of rotation for each kind of layer
         ("glm4", "served"),
