@@ -167,10 +167,16 @@ def _read(
             **given,
         )
     _refuse_incomplete(model, source, found)
-    for parameter in model.parameters():
-        if parameter.is_floating_point():  # a quantized checkpoint is left in the dtype it was saved with
+    for name, parameter in model.named_parameters():
+        # a quantized checkpoint is left in the dtype it was saved with
+        if parameter.is_floating_point() and not _stays_in_float32(name, model):
             parameter.data = parameter.data.to(source.dtype)
     return cast(PreTrainedModel, model)
+
+
+def _stays_in_float32(name: str, model: PreTrainedModel) -> bool:
+    """Whether the model's authors want it so, whatever the others are in: routers, sinks."""
+    return any(f".{part}." in f".{name}." for part in model._keep_in_fp32_modules_strict)
 
 
 def _auto_class(config: PreTrainedConfig, source: ModelSource) -> Any:  # of transformers, which has no types

@@ -18,6 +18,7 @@ from server.model import load
 from server.model.linear import DenseLinear, FourBitLinear, Int8Linear, ModuleLinear
 from server.model.load import ModelSource, kind_of_weights, load_model
 from server.model.servable import make_servable
+from tests.equivalence.architectures import tiny_config, tiny_model
 from tests.model.tiny import SIZES, make_model
 
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ def test_the_copy_gives_the_same_weights_and_is_read_instead(folder, tmp_path, q
     assert len(copies(tmp_path)) == 1
     reads = []
     original = load._read
-    monkeypatch.setattr(load, "_read", lambda f, s, q: reads.append((f, q)) or original(f, s, q))
+    monkeypatch.setattr(load, "_read", lambda f, c, s, q: reads.append((f, q)) or original(f, c, s, q))
     second = load_model(source(folder, quantization, tmp_path))
     assert reads == [(tmp_path / copies(tmp_path)[0], None)]
     want = direct.state_dict()
@@ -114,6 +115,14 @@ def test_who_multiplies(folder, quantization, backend, kind):
     servable = make_servable(load_model(source(folder, quantization)), backend=backend)
     assert {type(group.base) for group in servable.groups} == {kind}
     assert servable.vocab_size == SIZES["vocab_size"]
+
+
+def test_what_the_authors_keep_in_float32_stays_so(tmp_path):
+    """A router's scores in bfloat16 would send tokens to other experts."""
+    tiny_model(tiny_config("ernie4_5_moe")).save_pretrained(tmp_path)
+    found = dict(load_model(source(tmp_path, "none", dtype=torch.bfloat16)).named_parameters())
+    assert found["model.layers.1.mlp.gate.weight"].dtype is torch.float32
+    assert found["model.layers.1.mlp.experts.down_proj"].dtype is torch.bfloat16
 
 
 def test_an_unknown_name_is_refused(tmp_path):
