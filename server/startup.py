@@ -288,7 +288,8 @@ def end_tokens(servable: ServableModel) -> frozenset[int]:
     """The tokens that end a text, from generation_config.json, else from the model's configuration."""
     found = servable.model.generation_config.eos_token_id
     if found is None:
-        found = servable.model.config.get_text_config(decoder=True).eos_token_id
+        config = servable.model.config.get_text_config(decoder=True)
+        found = getattr(config, "eos_token_id", None)  # Qwen3-VL's has none, not even None
     return frozenset(found if isinstance(found, list) else [] if found is None else [found])
 
 

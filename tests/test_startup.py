@@ -6,6 +6,7 @@ import json
 import shutil
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -256,6 +257,11 @@ class TestGenerationConfig:
         servable = generation()
         servable.model.config.eos_token_id = None
         assert startup.end_tokens(servable) == frozenset()
+
+    def test_a_configuration_that_does_not_know_the_word(self):
+        config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace())
+        model = SimpleNamespace(generation_config=GenerationConfig(), config=config)
+        assert startup.end_tokens(SimpleNamespace(model=model)) == frozenset()
 
     def test_defaults_of_the_authors(self, generation):
         servable = generation(do_sample=True, temperature=0.6, top_p=0.9, top_k=20)
