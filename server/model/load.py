@@ -240,7 +240,9 @@ def kind_of_weights(model: PreTrainedModel) -> str:
     """What most of the model's linears hold, as `--quantization` calls it where it does."""
     modules = list(model.modules())
     for module in modules:
-        if isinstance(module, Linear4bit):
+        if isinstance(module, Linear4bit) and hasattr(
+            module.weight, "quant_type"
+        ):  # a tower's may have lost its own
             return str(module.weight.quant_type)
     return "int8" if any(isinstance(module, Linear8bitLt) for module in modules) else str(model.dtype)[6:]
 
@@ -254,7 +256,7 @@ def _quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
 
 def _refuse_longer_texts(config: PreTrainedConfig, source: ModelSource) -> None:
     made_for = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if made_for is not None and (source.max_model_len or 0) > made_for:
+    if made_for is not None and 0 < made_for < (source.max_model_len or 0):
         raise SettingsError(
             f"--max-model-len {source.max_model_len}: the model was made for {made_for} tokens; "
             "give that or fewer, or leave the flag out"

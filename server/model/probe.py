@@ -45,7 +45,7 @@ def refuse_unserved_config(model: PreTrainedModel) -> None:
     other = sorted(set(getattr(config, "layer_types", None) or ()) - _SERVED_LAYER_TYPES)
     if getattr(config, "attention_chunk_size", None) and "llama4" in config.model_type:
         other = sorted({*other, "chunked_attention"})
-    if getattr(config, "max_position_embeddings", None) is None:
+    if (getattr(config, "max_position_embeddings", None) or 0) < 1:
         raise UnsupportedModelError(
             f"{name} cannot be served: its configuration does not say how long a text may be "
             "(max_position_embeddings)"

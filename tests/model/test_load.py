@@ -10,7 +10,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Gemma4Config, MixtralConfig, T5Config
+from transformers import Gemma4Config, MixtralConfig, T5Config, XLNetConfig
 
 from server.config import SettingsError
 from server.errors import UnsupportedModelError
@@ -293,6 +293,22 @@ def test_a_text_longer_than_the_models_is_refused_before_weights_are_read(folder
     monkeypatch.setattr("server.model.load._read", None)
     with pytest.raises(SettingsError, match=rf"--max-model-len {made_for + 1}: .* for {made_for} tokens"):
         load_model(replace(source(folder, "nf4"), max_model_len=made_for + 1))
+
+
+def test_a_tower_that_lost_its_quantization_hides_nothing(folder):
+    """transformers writes and reads some towers' weights under different names."""
+    model = load_model(source(folder, "nf4"))
+    first = next(module for module in model.modules() if isinstance(module, Linear4bit))
+    first.weight = nn.Parameter(first.weight.data, requires_grad=False)
+    assert kind_of_weights(model) == "nf4"
+
+
+def test_a_model_without_an_end_is_not_told_one(tmp_path):
+    """XLNet says that it was made for -1 tokens."""
+    config = XLNetConfig(vocab_size=64, d_model=64, n_layer=2, n_head=4, d_inner=96)
+    make_model(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="does not say how long a text may be"):
+        make_servable(load_model(source(tmp_path, "none")))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
