@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from server.api.asgi import read_json
-from server.api.generation import Ids, Lengths, Prompt, Scored
+from server.api.generation import Ids, Lengths, Prompt, Scored, check_known
 from server.api.openapi import json_body, streamed
 from server.api.reply import Call, Fields, Format, answer, bounded
 from server.api.schemas.answers import ChatCompletion, ChatCompletionChunk
@@ -73,7 +73,8 @@ async def create_chat_completion(request: Request, edge: EdgeOf) -> Response:
 
 
 def _encode(body: ChatRequest, served: Served) -> Prompt:
-    return Prompt(encode_messages(served.tokenizer, body.messages, body.chat_template_kwargs))
+    ids = encode_messages(served.tokenizer, body.messages, body.chat_template_kwargs)
+    return Prompt(check_known(ids, served, "messages"))
 
 
 def encode_messages(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Request, Response
 
 from server.api.asgi import read_json
-from server.api.generation import Echo, Lengths, Prompt, Scored, check_ids
+from server.api.generation import Echo, Lengths, Prompt, Scored, check_ids, check_known
 from server.api.openapi import json_body, streamed
 from server.api.reply import Call, Fields, Format, answer, bounded
 from server.api.schemas.answers import Completion, CompletionChunk
@@ -82,7 +82,7 @@ def _encode(body: CompletionRequest, lengths: Lengths, served: Served) -> list[P
     found: list[Prompt] = []
     for prompt in body.prompts:
         if isinstance(prompt, str):
-            ids = served.tokenizer.encode(prompt)
+            ids = check_known(served.tokenizer.encode(prompt), served, "prompt")
         else:
             ids = check_ids(prompt, served.vocab_size, "prompt")
         if not ids:

@@ -161,6 +161,21 @@ def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> Ids:
     return tuple(ids)
 
 
+def check_known(ids: Ids, served: Served, param: str) -> Ids:
+    """The ids of a text; raises for tokens that were added to the tokenizer and not to the model.
+
+    The model has no embedding for them: a GPU would give up on everybody's requests, not on this one alone.
+    """
+    for id in ids:
+        if id >= served.vocab_size:
+            raise InvalidRequestError(
+                f"{param}: holds {served.tokenizer.name(id)!r}, token id {id}, which the model's vocabulary of "
+                f"{served.vocab_size} does not have; leave it out",
+                param=param,
+            )
+    return ids
+
+
 def _stop_ids(body: Body, served: Served) -> frozenset[int]:
     given = check_ids(body.stop_token_ids or (), served.vocab_size, "stop_token_ids")
     return frozenset(given) if body.ignore_eos else frozenset(given) | served.eos_token_ids

@@ -1,5 +1,7 @@
 """POST /v1/completions: shapes, parameters, stop strings, usage, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 
 from server.engine.sequence import Sampling
@@ -137,6 +139,20 @@ def test_sampling_comes_from_the_request_or_the_models_defaults(client, world):
                  logprobs=3),
         Sampling(16, 0.5, 0.9, 20, 7, frozenset({end}), logprobs=0, prompt_logprobs=0),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_token_that_the_model_does_not_have_is_refused_in_text_too(client, world, path):
+    """As when tokens were added to the tokenizer alone; the embedding would fail, on a GPU for everybody."""
+    last = world.tokenizer.vocab_size - 1
+    world.serving.served = replace(world.serving.served, vocab_size=last)
+    text = world.tokenizer.name(last)
+    said = {"prompt": ["a", text]} if path == "/v1/completions" else {}
+    response = client("POST", path, json=said or {"messages": [{"role": "user", "content": text}]})
+    assert (response.status_code, error(response)["code"]) == (400, "invalid_value")
+    assert error(response)["param"] == ("prompt" if said else "messages")
+    assert repr(text) in error(response)["message"]
+    assert world.engine.submits == []
 
 
 def test_one_request_id_may_run_twice_at_once(client, world):
