@@ -285,12 +285,16 @@ def default_threads(servable: ServableModel) -> int:
 
 
 def end_tokens(servable: ServableModel) -> frozenset[int]:
-    """The tokens that end a text, from generation_config.json, else from the model's configuration."""
+    """The tokens that end a text, from generation_config.json, else from the model's configuration.
+
+    Only those that the model can say: the configuration of a small vocabulary may hold its class' default, or -1.
+    """
     found = servable.model.generation_config.eos_token_id
     if found is None:
         config = servable.model.config.get_text_config(decoder=True)
         found = getattr(config, "eos_token_id", None)  # Qwen3-VL's has none, not even None
-    return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+    given = found if isinstance(found, list) else [] if found is None else [found]
+    return frozenset(id for id in given if 0 <= id < servable.vocab_size)
 
 
 def generation_defaults(servable: ServableModel) -> GenerationDefaults:

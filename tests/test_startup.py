@@ -250,6 +250,12 @@ class TestGenerationConfig:
     def test_end_tokens(self, generation, given, want):
         assert startup.end_tokens(generation(eos_token_id=given)) == want
 
+    def test_end_tokens_that_the_model_does_not_have(self, generation):
+        """They are forbidden before `min_tokens`, and there is no such logit."""
+        servable = generation(eos_token_id=[7, 50256, -1])
+        assert servable.vocab_size <= 50256
+        assert startup.end_tokens(servable) == {7}
+
     def test_end_tokens_of_the_models_own_configuration(self, generation):
         assert startup.end_tokens(generation()) == {2}
 
@@ -261,7 +267,7 @@ class TestGenerationConfig:
     def test_a_configuration_that_does_not_know_the_word(self):
         config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace())
         model = SimpleNamespace(generation_config=GenerationConfig(), config=config)
-        assert startup.end_tokens(SimpleNamespace(model=model)) == frozenset()
+        assert startup.end_tokens(SimpleNamespace(model=model, vocab_size=9)) == frozenset()
 
     def test_defaults_of_the_authors(self, generation):
         servable = generation(do_sample=True, temperature=0.6, top_p=0.9, top_k=20)
