@@ -39,9 +39,10 @@ class Tokenizer:
         self.special_ids = frozenset(
             id for id, token in backend.added_tokens_decoder.items() if token.special
         )
-        self.byte_ids = frozenset(id for token, id in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
-        self._added: dict[int, str] = {
-            id: token.content for id, token in backend.added_tokens_decoder.items()
+        self._bytes = {  # ids that the decoder takes for a byte; to some decoders they are words
+            id: int(token[3:5], 16)
+            for token, id in vocabulary.items()
+            if _BYTE_TOKEN.fullmatch(token) and id not in self.special_ids and self.decode([id]) != token
         }
         self._bytes_of = _byte_level_alphabet(backend)
         self._anchor = self._find_anchor()
@@ -87,13 +88,13 @@ class Tokenizer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
     def _piece(self, id: int) -> bytes:
-        if id in self._added:
-            return self._added[id].encode()
         token = self._backend.convert_ids_to_tokens(id) if id < self.vocab_size else None
         if token is None:
             return b""
-        if id in self.byte_ids:
-            return bytes([int(token[3:5], 16)])
+        if id in self.special_ids:
+            return str(token).encode()
+        if id in self._bytes:
+            return bytes([self._bytes[id]])
         if self._bytes_of and all(character in self._bytes_of for character in token):
             return bytes(self._bytes_of[character] for character in token)
         before = [] if self._anchor is None else [self._anchor]  # a first id may lose its space
@@ -102,13 +103,13 @@ class Tokenizer:
     def _find_anchor(self) -> int | None:
         """An ordinary id to decode another one behind."""
         for id in self._backend("a", add_special_tokens=False, verbose=False)["input_ids"]:
-            if id not in self.special_ids and id not in self.byte_ids and self.decode([id]):
+            if id not in self.special_ids and id not in self._bytes and self.decode([id]):
                 return int(id)
         return None
 
     def detokenizer(self) -> IncrementalDetokenizer:
         """A fresh incremental decoder for one sequence."""
-        return IncrementalDetokenizer(self.decode, self.vocab_size, self.special_ids, self.byte_ids)
+        return IncrementalDetokenizer(self.decode, self.vocab_size, self.special_ids, self._bytes)
 
     def decode_verbatim(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens included: what gives these ids again."""
@@ -198,12 +199,12 @@ class IncrementalDetokenizer:
         decode: Callable[[Sequence[int]], str],
         vocab_size: int,  # a model may have more ids than its tokenizer
         special_ids: Set[int],
-        byte_ids: Set[int],
+        bytes_: Mapping[int, int],  # of the ids that stand for one
     ) -> None:
         self._decode = decode
         self._vocab_size = vocab_size
         self._special_ids = special_ids
-        self._byte_ids = byte_ids
+        self._bytes = bytes_
         self._window: list[int] = []
         self._shown = 0  # how many ids at the window's beginning have been shown
         self._shown_text = ""  # their text
@@ -213,14 +214,14 @@ class IncrementalDetokenizer:
         if token_id in self._special_ids or token_id >= self._vocab_size:
             return ""
         self._window.append(token_id)
-        if token_id in self._byte_ids:
+        if token_id in self._bytes:
             return ""
         text = self._decode(self._window)
         return self._show_but_last(text) if text.endswith(_REPLACEMENT) else self._show(text)
 
     def copy(self) -> IncrementalDetokenizer:
         """One that goes on from here by itself."""
-        other = IncrementalDetokenizer(self._decode, self._vocab_size, self._special_ids, self._byte_ids)
+        other = IncrementalDetokenizer(self._decode, self._vocab_size, self._special_ids, self._bytes)
         other._window, other._shown, other._shown_text = list(self._window), self._shown, self._shown_text
         return other
 

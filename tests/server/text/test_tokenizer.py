@@ -1,6 +1,7 @@
 """The tokenizer's own operations, and chat templates."""
 
 import pytest
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -83,6 +84,36 @@ def test_a_piece_stands_as_it_would_inside_a_text():
         (samples.byte_level, "</s>", "</s>"),
     ):
         assert Tokenizer(kind()).name(kind().get_vocab()[token]) == piece
+
+
+@pytest.mark.parametrize(
+    ("kind", "token", "piece"),
+    [
+        (samples.byte_fallback, "▁▁▁", b"   "),  # as in Gemma
+        (samples.byte_level, "   ", b"   "),  # as in GPT-NeoX
+        (samples.byte_level, "<tool_call>", b"<tool_call>"),
+        (samples.byte_level, "é", b"\xe9"),  # to this decoder it spells the byte
+        (samples.word_pieces, "<tool_call>", b" <tool_call>"),
+    ],
+)
+def test_the_piece_of_an_added_token_is_its_part_of_the_text(kind, token, piece):
+    backend = kind.__wrapped__()
+    backend.add_tokens([AddedToken(token, normalized=False)])
+    tokenizer, id = Tokenizer(backend), backend.convert_tokens_to_ids(token)
+    assert tokenizer.piece(id) == piece
+    behind = backend.encode("a", add_special_tokens=False)
+    text = tokenizer.decode([*behind, id])[len(tokenizer.decode(behind)) :]
+    assert text == piece.decode(errors="replace")
+
+
+def test_what_the_decoder_takes_for_a_word_is_no_byte():
+    """There are vocabularies with byte tokens whose decoder does not know of them."""
+    tokens = ["<unk>", "<0x41>", "a"]
+    backend = BackendTokenizer(WordLevel({token: id for id, token in enumerate(tokens)}, unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = Whitespace(), Fuse()
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert tokenizer.piece(1) == b"<0x41>"
+    assert tokenizer.detokenizer().add(1) == tokenizer.decode([1]) == "<0x41>"
 
 
 def test_half_a_character_is_named_by_its_bytes():
