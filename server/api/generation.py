@@ -48,7 +48,7 @@ class Echo:
                 name = tokenizer.name(id)  # stands in the text if the client wrote it
                 length += len(name) if given.startswith(name, length) else 0
             else:
-                offsets.append(length)
+                offsets.append(length + detokenizer.held)
                 pieces.append(detokenizer.add(id))
                 length += len(pieces[-1])
         if given is None:
@@ -217,7 +217,7 @@ class Transcript:
         self._detokenizer = tokenizer.detokenizer() if echo is None else echo.detokenizer.copy()
         self._checker = StopChecker(stops)
         self._text = "" if echo is None else echo.text
-        self._length = len(self._text)  # of all text, that which is held back included
+        self._length = len(self._text)  # of all text, that which may yet be a stop string included
         self._generated = 0  # tokens
         self._tokens = 0  # of these, since the last piece
         self._scored: list[Scored] = []
@@ -243,7 +243,7 @@ class Transcript:
         self._generated += 1
         self._tokens += 1
         if logprobs is not None:
-            self._scored.append(Scored(id, logprobs, self._length))
+            self._scored.append(Scored(id, logprobs, self._length + self._detokenizer.held))
         if id not in self._sampling.stop_token_ids:
             self._show(self._detokenizer.add(id))
 

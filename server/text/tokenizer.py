@@ -219,6 +219,16 @@ class IncrementalDetokenizer:
         text = self._decode(self._window)
         return self._show_but_last(text) if text.endswith(_REPLACEMENT) else self._show(text)
 
+    @property
+    def held(self) -> int:
+        """How many characters are whole in what is held back; if bytes yet to come break them, they become more."""
+        ids = self._window[self._shown :]
+        if not ids:
+            return 0
+        if ids[-1] in self._bytes:
+            return len(bytes(self._bytes[id] for id in ids if id in self._bytes).decode(errors="ignore"))
+        return max(0, len(self._decode(self._window).rstrip(_REPLACEMENT)) - len(self._shown_text))
+
     def copy(self) -> IncrementalDetokenizer:
         """One that goes on from here by itself."""
         other = IncrementalDetokenizer(self._decode, self._vocab_size, self._special_ids, self._bytes)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from server.api.generation import Echo
+from server.api.generation import Choice, Echo, Transcript
+from server.engine.sequence import Logprobs, Sampling, Submit
 from server.text.tokenizer import Tokenizer
 from tests.server.api.conftest import error, events
 from tests.server.fakes import logprobs_of
@@ -291,3 +292,22 @@ def test_offsets_of_a_prompt_whose_bytes_are_held_back():
     assert ends == [text.index("</s>")]
     after = echo.detokenizer.copy()
     assert (after.add(ids[-1]), after.flush()) == ("b", "")
+
+
+def test_offsets_behind_bytes_that_are_held_back():
+    """As a line's end is in Llama 2: its text comes with the next token, which stands behind it all the same."""
+    tokenizer = Tokenizer(samples.byte_fallback())
+    text = "the\n\na€b the"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    transcript = Transcript(tokenizer, 0, Choice(Submit("r", (), Sampling(20)), None), ())
+    for id in ids:
+        transcript.add(id, Logprobs(-1.0, ()))
+    transcript.end()
+    piece = transcript.take()
+    assert piece.text == text
+    offsets = [scored.offset for scored in piece.scored]
+    assert offsets == list(Echo.of(tokenizer, ids, text).offsets)
+    names = [tokenizer.name(id) for id in ids]
+    assert names.count("\n") == 2
+    for name, offset in zip(names, offsets, strict=True):
+        assert name.startswith("bytes:") or text[offset:].startswith(name.lstrip(" ") if not offset else name)

@@ -63,6 +63,32 @@ def test_no_text_is_decoded_from_its_beginning_for_each_id(tokenizer, repeated):
     assert sum(decoded) <= 20 * 1000 * len(ids[:4])
 
 
+@given(text=st.text("aé€😀日\n the", max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_whole_characters_that_are_held_back_are_counted(tokenizer, text):
+    """Every id begins where the text so far and what is held back of it end."""
+    ids = [id for id in tokenizer.encode(text) if id not in tokenizer.special_ids]
+    whole, shown = tokenizer.decode(ids), 0
+    detokenizer = tokenizer.detokenizer()
+    for id in ids:
+        start, piece = shown + detokenizer.held, tokenizer.piece(id).decode(errors="ignore")
+        assert whole[start:].startswith(piece) or (start == 0 and whole.startswith(piece[1:]))
+        shown += len(detokenizer.add(id))
+    detokenizer.flush()
+    assert detokenizer.held == 0
+
+
+def test_a_run_of_bytes_counts_the_characters_that_are_whole():
+    tokenizer = Tokenizer(samples.byte_fallback())
+    detokenizer, held = tokenizer.detokenizer(), []
+    for byte in "\n€\n".encode() + b"\xe2":
+        held.append(detokenizer.held)
+        detokenizer.add(samples.byte_fallback().get_vocab()[f"<0x{byte:02X}>"])
+    assert held == [0, 1, 1, 1, 2, 3]
+    detokenizer.flush()
+    assert detokenizer.held == 0
+
+
 @given(text=st.text(max_size=40))
 @example("👩‍👩‍👧 zero-width joiners")
 @example("é€日😀")
