@@ -214,7 +214,9 @@ class Transcript:
         echo, self._sampling = choice.echo, choice.submit.sampling
         self._index = index
         self._choice = choice
-        self._detokenizer = tokenizer.detokenizer() if echo is None else echo.detokenizer.copy()
+        self._detokenizer = (
+            tokenizer.detokenizer(behind=choice.submit.prompt) if echo is None else echo.detokenizer.copy()
+        )
         self._checker = StopChecker(stops)
         self._text = "" if echo is None else echo.text
         self._length = len(self._text)  # of all text, that which may yet be a stop string included

@@ -2,9 +2,9 @@
 
 `Tokenizer` is a transformers tokenizer behind the few operations that serving needs; every decode skips special tokens
 and leaves spaces alone, so that "the text of these ids" has one meaning everywhere. `IncrementalDetokenizer` gives text
-from ids that arrive one by one: never half a character, and in sum exactly the decode of all ids. `StopChecker` finds
-where that text ends. `Tokenizer.piece` is what one id stands for by itself, in bytes, since it may be half a character.
-Knows nothing of sequences or requests.
+from ids that arrive one by one: never half a character, and in sum exactly the decode of all ids, or what it adds to
+that of a prompt. `StopChecker` finds where that text ends. `Tokenizer.piece` is what one id stands for by itself, in
+bytes, since it may be half a character. Knows nothing of sequences or requests.
 """
 
 from __future__ import annotations
@@ -107,9 +107,17 @@ class Tokenizer:
                 return int(id)
         return None
 
-    def detokenizer(self) -> IncrementalDetokenizer:
-        """A fresh incremental decoder for one sequence."""
-        return IncrementalDetokenizer(self.decode, self.vocab_size, self.special_ids, self._bytes)
+    def detokenizer(self, behind: Sequence[int] = ()) -> IncrementalDetokenizer:
+        """A fresh incremental decoder for one sequence: for a whole text, or for what comes behind the ids of a prompt.
+
+        A text's first id may lose its space. Behind a prompt it does not, so that the two can be put together; any
+        other id stands for the prompt's last one, for that may be half a character.
+        """
+        fresh = IncrementalDetokenizer(self.decode, self.vocab_size, self.special_ids, self._bytes)
+        has_text = any(id not in self.special_ids and id < self.vocab_size for id in reversed(behind))
+        if has_text and self._anchor is not None:
+            fresh.add(self._anchor)
+        return fresh
 
     def decode_verbatim(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens included: what gives these ids again."""

@@ -311,3 +311,15 @@ def test_offsets_behind_bytes_that_are_held_back():
     assert names.count("\n") == 2
     for name, offset in zip(names, offsets, strict=True):
         assert name.startswith("bytes:") or text[offset:].startswith(name.lstrip(" ") if not offset else name)
+
+
+def test_a_text_keeps_the_space_that_parts_it_from_its_prompt():
+    """Unlike the beginning of a text, where such a decoder leaves the first space out."""
+    tokenizer = Tokenizer(samples.byte_fallback())
+    prompt, the = tokenizer.encode("a"), samples.byte_fallback().convert_tokens_to_ids("▁the")
+    for behind, text in ((prompt, " the"), (tokenizer.encode("</s>", add_special_tokens=False), "the")):
+        for echo, before in ((None, ""), (Echo.of(tokenizer, behind, None), tokenizer.decode(behind))):
+            transcript = Transcript(tokenizer, 0, Choice(Submit("r", behind, Sampling(20)), echo), ())
+            transcript.add(the, None)
+            transcript.end()
+            assert transcript.take().text == before + text

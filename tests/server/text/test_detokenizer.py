@@ -63,6 +63,25 @@ def test_no_text_is_decoded_from_its_beginning_for_each_id(tokenizer, repeated):
     assert sum(decoded) <= 20 * 1000 * len(ids[:4])
 
 
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_behind_a_prompt_they_are_what_the_prompts_text_lacks(tokenizer, data):
+    """A text's first id may lose its space: `prompt` and `text` together would lose it."""
+    prompt = tokenizer.encode(data.draw(st.sampled_from(["", "a", "a a", "</s>", "a</s>"])))
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size), max_size=24))
+    detokenizer = tokenizer.detokenizer(behind=prompt)
+    text = "".join([*map(detokenizer.add, ids), detokenizer.flush()])
+    assert tokenizer.decode(prompt) + text == tokenizer.decode([*prompt, *ids])
+
+
+def test_half_a_character_of_the_prompt_is_none_of_the_text():
+    for tokenizer in (Tokenizer(samples.byte_level()), Tokenizer(samples.byte_fallback())):
+        *prompt, last = tokenizer.encode("a ᚠ", add_special_tokens=False)
+        following = tokenizer.encode("b", add_special_tokens=False)[-1]
+        detokenizer = tokenizer.detokenizer(behind=prompt)
+        assert "".join([detokenizer.add(last), detokenizer.add(following)]) == "\ufffdb"
+
+
 @given(text=st.text("aé€😀日\n the", max_size=20))
 @settings(max_examples=200, deadline=None)
 def test_whole_characters_that_are_held_back_are_counted(tokenizer, text):
