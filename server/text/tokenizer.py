@@ -49,6 +49,7 @@ class Tokenizer:
         self._pieces: dict[int, bytes] = {}
         # names that a chat template gets from us, and transformers' own options: a template of the caller's among them
         self.reserved = frozenset(inspect.signature(type(backend).apply_chat_template).parameters) | _RENDERED
+        self._reads_parts = _reads_parts(backend)
         self.encode("warm")  # drops a saved truncation setting before threads share this
 
     @classmethod
@@ -146,15 +147,20 @@ class Tokenizer:
     ) -> tuple[int, ...]:
         """The ids of a conversation in the model's own chat template, ready for the assistant's turn.
 
-        `variables` are the template's own; none may be `reserved`. A template that does not speak of the role
-        `developer` gets `system` in its place.
+        `variables` are the template's own; none may be `reserved`. A message's content is a text or a list of text
+        parts, and comes to the template as it reads them. One that does not speak of the role `developer` gets
+        `system` in its place.
         """
         assert not self.reserved & (variables or {}).keys(), "these are not the template's"
         if not self.has_chat_template:
             raise ChatTemplateError("this model has no chat template; use /v1/completions")
         known = self.knows_role("developer")
         turns = [
-            {**message, "role": "system"} if message["role"] == "developer" and not known else dict(message)
+            {
+                **message,
+                "role": "system" if message["role"] == "developer" and not known else message["role"],
+                "content": self._content(message["content"]),
+            }
             for message in messages
         ]
         try:
@@ -168,6 +174,31 @@ class Tokenizer:
             raise ChatTemplateError(f"the model's chat template refuses these messages: {error}") from error
         assert isinstance(text, str)
         return self.encode(text, add_special_tokens=False)
+
+    def _content(self, given: str | Sequence[Mapping[str, str]]) -> str | Sequence[Mapping[str, str]]:
+        """What a message says, as the chat template reads it."""
+        if self._reads_parts:
+            return [_part(given)] if isinstance(given, str) else given or [_part("")]
+        return given if isinstance(given, str) else "\n".join(part["text"] for part in given)
+
+
+def _part(text: str) -> Mapping[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _reads_parts(backend: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template looks for a message's parts and passes over a text, as LLaVA's and SmolVLM's do."""
+
+    def shows(content: object) -> bool:
+        try:
+            return probe in str(
+                backend.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            )
+        except Exception:  # whatever a program may raise
+            return False
+
+    probe = "what is asked"
+    return bool(backend.chat_template) and not shows(probe) and shows([_part(probe)])
 
 
 def _check_template(backend: PreTrainedTokenizerBase) -> None:

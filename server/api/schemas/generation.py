@@ -242,12 +242,12 @@ class Message(BaseModel):
     name: str | None = None
 
     @property
-    def turn(self) -> dict[str, str]:
-        """As the chat template is told of it."""
-        text = (
-            self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+    def turn(self) -> dict[str, Any]:
+        """What of it the chat template is told."""
+        content = (
+            self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content]
         )
-        turn = {"role": self.role, "content": text}
+        turn = {"role": self.role, "content": content}
         return turn if self.name is None else {**turn, "name": self.name}
 
     def refuse_unsupported(self, place: str) -> None:

@@ -55,6 +55,40 @@ def test_a_conversation_through_the_template(chatty):
     assert not chatty.knows_role("developer")
 
 
+PARTS = (
+    "{% for m in messages %}{% if m.content[0].type == 'image' %}<image>{% endif %}[{{ m.role }}]"
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }};{% endif %}{% endfor %}{% endfor %}"
+)
+EITHER = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for part in m.content %}{{ part.text }};{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "text"),
+    [
+        (PARTS, "hi", "[user]hi;"),
+        (PARTS, ["a", "b"], "[user]a;b;"),
+        (PARTS, "", "[user];"),
+        (PARTS, [], "[user];"),
+        (EITHER, "hi", "hi"),
+        (EITHER, ["a", "b"], "a\nb"),
+        (TEMPLATE, ["a", "b"], "[user]a\nb"),
+        (TEMPLATE, [], "[user]"),
+    ],
+)
+def test_a_template_that_reads_parts_alone_is_given_parts(template, content, text):
+    """To LLaVA's and SmolVLM's a text is a list of characters, none of which is a part: nothing would be said."""
+    backend = samples.byte_level.__wrapped__()
+    backend.chat_template = template
+    tokenizer = Tokenizer(backend)
+    if not isinstance(content, str):
+        content = [{"type": "text", "text": part} for part in content]
+    ids = tokenizer.encode_chat([{"role": "user", "content": content}], add_generation_prompt=False)
+    assert tokenizer.decode(ids) == text
+
+
 def test_what_the_template_refuses_is_an_error_of_the_caller(chatty):
     with pytest.raises(ChatTemplateError, match="no critics"):
         chatty.encode_chat([{"role": "critic", "content": "hm"}])
