@@ -135,8 +135,8 @@ class Tokenizer:
         return bool(self._backend.chat_template)
 
     def knows_role(self, role: str) -> bool:
-        """Whether the chat template speaks of this role by name."""
-        return role in str(self._backend.chat_template)
+        """Whether the chat template speaks of this role by name; of several, the one that is used."""
+        return role in self._backend.get_chat_template()
 
     def encode_chat(
         self,
@@ -154,16 +154,16 @@ class Tokenizer:
         assert not self.reserved & (variables or {}).keys(), "these are not the template's"
         if not self.has_chat_template:
             raise ChatTemplateError("this model has no chat template; use /v1/completions")
-        known = self.knows_role("developer")
-        turns = [
-            {
-                **message,
-                "role": "system" if message["role"] == "developer" and not known else message["role"],
-                "content": self._content(message["content"]),
-            }
-            for message in messages
-        ]
         try:
+            known = self.knows_role("developer")
+            turns = [
+                {
+                    **message,
+                    "role": "system" if message["role"] == "developer" and not known else message["role"],
+                    "content": self._content(message["content"]),
+                }
+                for message in messages
+            ]
             text = self._backend.apply_chat_template(
                 turns,
                 tokenize=False,

@@ -89,6 +89,22 @@ def test_a_template_that_reads_parts_alone_is_given_parts(template, content, tex
     assert tokenizer.decode(ids) == text
 
 
+def test_of_several_templates_the_default_is_asked_which_roles_it_knows():
+    """That the one for tools knows the developer does not help where it is not used: the default would say nothing."""
+    backend = samples.byte_level.__wrapped__()
+    backend.chat_template = {
+        "default": "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}",
+        "tool_use": "{{ messages[0].role == 'developer' }}",
+    }
+    tokenizer = Tokenizer(backend)
+    assert (
+        tokenizer.decode(tokenizer.encode_chat([{"role": "developer", "content": "be brief"}])) == "be brief"
+    )
+    backend.chat_template = {"tool_use": "{{ messages[0].content }}"}
+    with pytest.raises(ChatTemplateError, match="no default"):
+        tokenizer.encode_chat([{"role": "developer", "content": "be brief"}])
+
+
 def test_what_the_template_refuses_is_an_error_of_the_caller(chatty):
     with pytest.raises(ChatTemplateError, match="no critics"):
         chatty.encode_chat([{"role": "critic", "content": "hm"}])
