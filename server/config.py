@@ -108,7 +108,8 @@ class Settings(BaseModel):
         (), description='adapters to register at start, each as name=path or {"name": ..., "path": ...}'
     )
     chat_template: Path | None = Field(
-        None, description="file with the chat template to use in place of the model's own"
+        None,
+        description="file with the chat template to use in place of the model's own, as Jinja or chat_template.json",
     )
     seed: int | None = Field(
         None,

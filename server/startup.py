@@ -5,6 +5,7 @@ The one place where the parts meet. Knows nothing of sockets.
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import sys
@@ -253,11 +254,21 @@ def capture_graphs(runner: DeviceRunner, serving: Serving) -> None:
 
 
 def read_chat_template(path: Path | None) -> str | None:
-    """The text of a template, before minutes of loading are spent."""
+    """The text of a template, before minutes of loading are spent; also out of a checkpoint's chat_template.json."""
+    if path is None:
+        return None
     try:
-        return None if path is None else path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--chat-template {path}: cannot be read: {error}") from error
+    try:
+        found = json.loads(text)
+    except ValueError:  # as with every template
+        return text
+    template = found.get("chat_template") if isinstance(found, dict) else text
+    if not isinstance(template, str):
+        raise SettingsError(f"--chat-template {path}: is JSON without a template as its chat_template")
+    return template
 
 
 def load_tokenizer(settings: Settings, chat_template: str | None) -> Tokenizer:

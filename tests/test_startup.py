@@ -213,6 +213,18 @@ class TestChatTemplate:
         tokenizer = startup.load_tokenizer(asked, startup.read_chat_template(file))
         assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "hi"}])) == "<hi>"
 
+    def test_one_in_json_is_taken_out_of_it(self, tmp_path):
+        """As checkpoints of several modalities have it; rendered as it stands it would be a prompt of JSON."""
+        file = tmp_path / "chat_template.json"
+        file.write_text(json.dumps({"chat_template": "{{ messages }}"}))
+        assert startup.read_chat_template(file) == "{{ messages }}"
+        for other in ({"chat_template": [{"name": "default"}]}, {}):
+            file.write_text(json.dumps(other))
+            with pytest.raises(SettingsError, match=r"--chat-template .*: is JSON without"):
+                startup.read_chat_template(file)
+        file.write_text("5")
+        assert startup.read_chat_template(file) == "5"
+
     def test_what_is_no_template(self, checkpoint, tmp_path):
         file = tmp_path / "template.jinja"
         with pytest.raises(SettingsError, match=r"--chat-template .*: cannot be read: .*No such file"):
