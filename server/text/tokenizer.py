@@ -122,7 +122,8 @@ class Tokenizer:
 
     def decode_verbatim(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens included: what gives these ids again."""
-        text = self._backend.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        known = [id for id in ids if id < self.vocab_size]  # beyond it some tokenizers raise
+        text = self._backend.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from server.text.tokenizer import ChatTemplateError, Tokenizer
 from tests.server.text import samples
@@ -177,3 +177,11 @@ def test_half_a_character_is_named_by_its_bytes():
 def test_an_id_that_the_tokenizer_does_not_know_has_no_piece():
     """A model's vocabulary may be padded beyond its tokenizer's."""
     assert Tokenizer(samples.byte_level()).piece(10**6) == b""
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_left_out_of_a_text():
+    """As the tokenizers library does; one in Python, as of GPT-SW3 or ByT5, raises at them."""
+    for backend in (ByT5Tokenizer(), samples.byte_level()):
+        tokenizer = Tokenizer(backend)
+        (a,) = tokenizer.encode("a", add_special_tokens=False)
+        assert tokenizer.decode_verbatim([a, tokenizer.vocab_size, 10**6, a]) == "aa"
