@@ -71,6 +71,7 @@ class Choice:
 
     submit: Submit
     echo: Echo | None
+    own_ends: frozenset[int] = frozenset()  # stop tokens that are the model's, not the caller's
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def choices_for(
 ) -> list[Choice]:
     """The choices of one prompt side by side; choice k of a prompt draws with seed + k."""
     unique = secrets.token_hex(8)  # a client may send one request id twice, the engine must not see it twice
+    own_ends = frozenset[int]() if body.ignore_eos else served.eos_token_ids
     found: list[Choice] = []
     for prompt in prompts:
         sampling = _sampling(body, lengths, prompt, served)
@@ -110,7 +112,7 @@ def choices_for(
                 replace(sampling, seed=_int64(sampling.seed + k)),
                 generation,
             )
-            found.append(Choice(submit, prompt.echo))
+            found.append(Choice(submit, prompt.echo, own_ends))
     return found
 
 
@@ -290,9 +292,7 @@ class Generation:
             for index, choice in enumerate(choices)
         }
         streams = [
-            _pieces(
-                served, self._clocks[index], choice.submit, Transcript(served.tokenizer, index, choice, stops)
-            )
+            _pieces(served, self._clocks[index], choice, Transcript(served.tokenizer, index, choice, stops))
             for index, choice in enumerate(choices)
         ]
         self._pieces = streams[0] if len(streams) == 1 else _merged(streams)
@@ -340,11 +340,11 @@ class Generation:
 
 
 async def _pieces(
-    served: Served, clock: TokenClock, submit: Submit, transcript: Transcript
+    served: Served, clock: TokenClock, choice: Choice, transcript: Transcript
 ) -> AsyncGenerator[Piece, None]:
     """One sequence's text. Closing it, or finding a stop string, aborts the sequence."""
     last: int | None = None
-    async with aclosing(served.engine.stream(submit)) as events:
+    async with aclosing(served.engine.stream(choice.submit)) as events:
         async for event in events:
             match event:
                 case PromptLogprobs():
@@ -362,7 +362,7 @@ async def _pieces(
                     if transcript.stop is not None:
                         yield transcript.take("stop", transcript.stop)
                         return
-                    theirs = reason == "stop" and last is not None and last not in served.eos_token_ids
+                    theirs = reason == "stop" and last is not None and last not in choice.own_ends
                     yield transcript.take(reason, last if theirs else None)
 
 

@@ -84,6 +84,8 @@ def test_the_end_of_sequence_token_is_counted_but_not_shown(client, world):
     b = world.tokenizer.encode("ab")[-1]
     mine = client.complete(stop_token_ids=[b]).json()["choices"][0]
     assert (mine["finish_reason"], mine["stop_reason"]) == ("stop", b)
+    asked = client.complete(stop_token_ids=[end], ignore_eos=True).json()["choices"][0]
+    assert (asked["text"], asked["stop_reason"]) == ("ab", end), "it ended the text because it was asked for"
 
 
 def test_prompts_in_every_shape(client, world):
