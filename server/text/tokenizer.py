@@ -23,6 +23,7 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _RENDERED = frozenset({"conversations", "messages"})
 _LONGEST_CHARACTER = 4  # bytes, and so ids that it may take
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
+_JOINS = "@@"  # ends a part of a word, in fastBPE's vocabularies, and goes when the next part comes
 
 
 class ChatTemplateError(ValueError):
@@ -46,6 +47,7 @@ class Tokenizer:
         }
         self._bytes_of = _byte_level_alphabet(backend)
         self._anchor = self._find_anchor()
+        self._open_ends = self._find_open_ends(vocabulary)
         self._pieces: dict[int, bytes] = {}
         # names that a chat template gets from us, and transformers' own options: a template of the caller's among them
         self.reserved = frozenset(inspect.signature(type(backend).apply_chat_template).parameters) | _RENDERED
@@ -108,13 +110,22 @@ class Tokenizer:
                 return int(id)
         return None
 
+    def _find_open_ends(self, vocabulary: Mapping[str, int]) -> tuple[str, ...]:
+        """Ends of a text that may go when more comes."""
+        part = next((id for token, id in vocabulary.items() if token.endswith(_JOINS)), None)
+        if part is None or self.decode([part, part]).count(_JOINS) != 1:
+            return (_REPLACEMENT,)
+        return (_REPLACEMENT, _JOINS)
+
     def detokenizer(self, behind: Sequence[int] = ()) -> IncrementalDetokenizer:
         """A fresh incremental decoder for one sequence: for a whole text, or for what comes behind the ids of a prompt.
 
         A text's first id may lose its space. Behind a prompt it does not, so that the two can be put together; any
         other id stands for the prompt's last one, for that may be half a character.
         """
-        fresh = IncrementalDetokenizer(self.decode, self.vocab_size, self.special_ids, self._bytes)
+        fresh = IncrementalDetokenizer(
+            self.decode, self.vocab_size, self.special_ids, self._bytes, self._open_ends
+        )
         has_text = any(id not in self.special_ids and id < self.vocab_size for id in reversed(behind))
         if has_text and self._anchor is not None:
             fresh.add(self._anchor)
@@ -227,11 +238,11 @@ def _byte_level_alphabet(backend: PreTrainedTokenizerBase) -> Mapping[str, int]:
 class IncrementalDetokenizer:
     """Decodes a short window: some ids already shown, for their effect on spacing, and the ids still pending.
 
-    Short whatever comes, unless each of many ids in a row ends one character and begins the next.
+    Short whatever comes, unless each of many ids in a row ends one character and begins the next, or one word goes on.
 
-    Text is held back while it may still change: when it ends in a replacement character (half a character),
-    and while a run of byte-fallback ids is open (one more byte can turn the whole run into replacement
-    characters).
+    Text is held back while it may still change: when it ends in a replacement character (half a character) or in
+    what joins two parts of a word, and while a run of byte-fallback ids is open (one more byte can turn the whole
+    run into replacement characters).
     """
 
     def __init__(
@@ -240,11 +251,13 @@ class IncrementalDetokenizer:
         vocab_size: int,  # a model may have more ids than its tokenizer
         special_ids: Set[int],
         bytes_: Mapping[int, int],  # of the ids that stand for one
+        open_ends: tuple[str, ...],  # of a text that may still change
     ) -> None:
         self._decode = decode
         self._vocab_size = vocab_size
         self._special_ids = special_ids
         self._bytes = bytes_
+        self._open_ends = open_ends
         self._window: list[int] = []
         self._shown = 0  # how many ids at the window's beginning have been shown
         self._shown_text = ""  # their text
@@ -257,7 +270,7 @@ class IncrementalDetokenizer:
         if token_id in self._bytes:
             return ""
         text = self._decode(self._window)
-        return self._show_but_last(text) if text.endswith(_REPLACEMENT) else self._show(text)
+        return self._show_but_last(text) if text.endswith(self._open_ends) else self._show(text)
 
     @property
     def held(self) -> int:
@@ -267,11 +280,16 @@ class IncrementalDetokenizer:
             return 0
         if ids[-1] in self._bytes:
             return len(bytes(self._bytes[id] for id in ids if id in self._bytes).decode(errors="ignore"))
-        return max(0, len(self._decode(self._window).rstrip(_REPLACEMENT)) - len(self._shown_text))
+        text = self._decode(self._window).rstrip(_REPLACEMENT)
+        for end in self._open_ends:
+            text = text.removesuffix(end)
+        return max(0, len(text) - len(self._shown_text))
 
     def copy(self) -> IncrementalDetokenizer:
         """One that goes on from here by itself."""
-        other = IncrementalDetokenizer(self._decode, self._vocab_size, self._special_ids, self._bytes)
+        other = IncrementalDetokenizer(
+            self._decode, self._vocab_size, self._special_ids, self._bytes, self._open_ends
+        )
         other._window, other._shown, other._shown_text = list(self._window), self._shown, self._shown_text
         return other
 

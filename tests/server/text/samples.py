@@ -58,3 +58,15 @@ def word_pieces() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@cache
+def word_parts() -> PreTrainedTokenizerFast:
+    """As in CTRL and other vocabularies of fastBPE: two parts of a word are joined by a mark that then goes."""
+    tokens = ["<unk>", *SPECIAL, "a", "th@@", "e", "i@@", "x@@", "@@", "é"]
+    tokenizer = Tokenizer(models.WordLevel({token: id for id, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    spaced = decoders.WordPiece(prefix="\0", cleanup=False)
+    tokenizer.decoder = decoders.Sequence([spaced, decoders.Fuse(), decoders.Replace("@@ ", "")])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ["<unk>", *SPECIAL]])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")

@@ -12,6 +12,7 @@ KINDS = {
     "byte_fallback": samples.byte_fallback,
     "metaspace": samples.metaspace,
     "word_pieces": samples.word_pieces,
+    "word_parts": samples.word_parts,
 }
 
 
@@ -138,6 +139,14 @@ def test_an_open_run_of_bytes_is_held_back_because_the_next_byte_may_break_it():
     for ids, expected in ((good, "€b"), (broken, "\ufffd" * 4 + "b")):
         detokenizer = tokenizer.detokenizer()
         assert [detokenizer.add(id) for id in ids] == [""] * (len(ids) - 1) + [expected]
+
+
+def test_part_of_a_word_is_held_back_until_the_next_part():
+    vocab = samples.word_parts().get_vocab()
+    tokenizer = Tokenizer(samples.word_parts())
+    detokenizer = tokenizer.detokenizer()
+    assert [detokenizer.add(vocab[token]) for token in ("a", "th@@", "e", "i@@")] == ["a", "", " the", ""]
+    assert detokenizer.flush() == " i@@", "as these ids decode"
 
 
 def test_half_a_character_at_the_end_is_shown_as_such():
