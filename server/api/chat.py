@@ -74,6 +74,10 @@ async def create_chat_completion(request: Request, edge: EdgeOf) -> Response:
 
 def _encode(body: ChatRequest, served: Served) -> Prompt:
     ids = encode_messages(served.tokenizer, body.messages, body.chat_template_kwargs)
+    if not ids:
+        raise InvalidRequestError(
+            "messages: the model's chat template says nothing of them", param="messages"
+        )
     return Prompt(check_known(ids, served, "messages"))
 
 

@@ -121,6 +121,14 @@ def test_whatever_the_template_raises_is_the_conversations_fault(client, world, 
     assert (response.status_code, error(response)["param"]) == (400, "messages")
 
 
+def test_a_conversation_of_which_the_template_says_nothing(client, world):
+    """As Llama 2's of a system message alone."""
+    world.tokenizer._backend.chat_template = "{% for m in messages[1:] %}{{ m.content }}{% endfor %}"
+    response = client.chat(messages=[{"role": "system", "content": "be brief"}])
+    assert (response.status_code, error(response)["param"]) == (400, "messages")
+    assert world.engine.submits == []
+
+
 def test_the_length(client, world):
     client.chat()
     submit = world.engine.submits[-1]
