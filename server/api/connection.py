@@ -23,7 +23,7 @@ class DecliningParser(httptools.HttpRequestParser):
 
     llhttp takes all that follows such a head for the other protocol, and the request for one without a body. Java's
     HttpClient offers HTTP/2 with every request and sends its body all the same, so the head is read again as if it had
-    offered nothing.
+    offered nothing: by another parser, since this one skips what follows a head that asks to close.
     """
 
     def __init__(self, protocol: BoundedProtocol) -> None:
@@ -37,15 +37,16 @@ class DecliningParser(httptools.HttpRequestParser):
         return self.should_upgrade() and self.get_method() != b"CONNECT"
 
     def feed_data(self, data: bytes) -> None:  # type: ignore[override]
+        parser = self
         while True:
             try:
-                super().feed_data(data)
+                super(DecliningParser, parser).feed_data(data)
                 return
             except httptools.HttpParserUpgrade as offer:
-                if not self.declines:
+                if not parser.declines:
                     raise
-                super().feed_data(self._protocol.head_without_offer())
-                data = data[offer.args[0] :]
+                data = self._protocol.head_without_offer() + data[offer.args[0] :]
+                parser = self._protocol.parser = DecliningParser(self._protocol)
 
 
 class Unchunked:

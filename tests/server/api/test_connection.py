@@ -133,6 +133,19 @@ def test_offers_of_other_protocols_one_behind_another(live):
     assert rest.count(b"HTTP/1.1 200 ") == 1500
 
 
+@pytest.mark.parametrize(
+    "first", [HEAD.replace(b"host", b"connection: close\r\nhost"), HEAD.replace(b"HTTP/1.1", b"HTTP/1.0")]
+)
+def test_an_offer_on_a_connection_that_ends_is_answered(live, first):
+    """Behind a head that asks to close, the parser that read it skips whatever comes."""
+    offering = first + b"connection: upgrade\r\nupgrade: h2c\r\n\r\n"
+    head, _ = sent(live, offering)
+    assert head.startswith("http/1.1 200 ")
+    assert "connection: close" in head
+    _, rest = sent(live, offering * 2)
+    assert b"HTTP/1.1" not in rest  # what comes behind it is no request
+
+
 def test_a_tunnel_is_refused(live):
     head, _ = sent(live, b"CONNECT a:80 HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\nabc")
     assert head.startswith("http/1.1 4")
