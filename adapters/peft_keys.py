@@ -28,8 +28,10 @@ Part = Literal[
 ]
 
 # Wrappers that training adds around a model, and that a name may begin with or pass through. An expression that names
-# one may escape its dot.
-_WRAPPER = re.compile(r"(?<!\w)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\\?\.")
+# one may escape its dot, or repeat it as any character: ".*" goes on to stand for what follows.
+_WRAPPER = re.compile(
+    r"(?<!\w)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\\?\.(?![*+?{])|(?=\.[*+?{]))"
+)
 _PREFIX = re.compile(r"^(?:(?:base_model\.model|base_model|module)\.)+")
 # Where the text model sits: bare, in a causal model, or in a multimodal one.
 # At most four: a long name that is made of them is no module's, and is matched with no pattern of the config.

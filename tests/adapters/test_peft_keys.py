@@ -34,6 +34,8 @@ def test_prefixes_and_wrappers_are_gone(name):
     [
         (f"_orig_mod.{Q}", Q),
         (r"_orig_mod\.model\.layers\.\d+\..*", r"model\.layers\.\d+\..*"),
+        (r"_orig_mod.*layers\.0\..*", r".*layers\.0\..*"),
+        ("_orig_mod.+q_proj", ".+q_proj"),
         ("model._orig_mod.layers.0", "model.layers.0"),
         ("my_orig_mod.layers.0", "my_orig_mod.layers.0"),
         (Q, Q),

@@ -117,6 +117,10 @@ COMPILED = {
             "_orig_mod.model.layers.0.self_attn.q_proj": 3,
         },
     },
+    "a pattern for whatever follows": {
+        "target_modules": ["q_proj"],
+        "alpha_pattern": {r"_orig_mod.*layers\.1\..*": 64},
+    },
     "an expression": {"target_modules": r"_orig_mod\.model\.layers\.\d+\.mlp\..*"},
     "but one": {
         "target_modules": "all-linear",
