@@ -9,7 +9,7 @@ adapters' files or of the engine.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -62,56 +62,62 @@ def probe(model: PreTrainedModel) -> Probed:
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
     ids = torch.arange(3, 3 + _TOKENS, device=model.device)[None]
-    calls, layers = _seen(model, ids, step=7, position_ids=ids - 3)
-    _refuse_unserved_attention(name, config.num_hidden_layers, layers)
-    _refuse_other_positions(model, ids[:, :1])
-    unadapted = _unadapted(model, calls)
-    sites = _sites([call for call in calls.values() if call.module not in unadapted])
+    seen = _seen(model, ids, [_TOKENS - 1], position_ids=ids - 3)
+    _refuse_unserved_attention(name, config.num_hidden_layers, seen.layers)
+    unadapted = _unadapted(model, seen.calls)
+    _refuse_mixed_texts(model, ids, unadapted)
+    others = frozenset(unadapted)
+    sites = _sites([call for call in seen.calls.values() if call.module not in others])
     if not sites:
         raise UnsupportedModelError(
             f"{name} cannot be served: it has no nn.Linear that an adapter could change"
         )
-    layout = Layout(sites, _idle(model, calls))
-    return Probed(layout, unadapted, tuple(layers[index] for index in sorted(layers)))
+    layout = Layout(sites, _idle(model, seen.calls))
+    return Probed(layout, unadapted, tuple(seen.layers[index] for index in sorted(seen.layers)))
 
 
 def _seen(
-    model: PreTrainedModel, ids: Tensor, *, step: int = 0, **given: Tensor
-) -> tuple[dict[str, _Call], dict[int, AttentionLayer]]:
-    """What a forward pass calls. With a step each token has numbers of its own, so that a router sends them to
-    different experts."""
-    with _stand_ins(model, step) as calls, probing() as layers, torch.inference_mode():
+    model: PreTrainedModel, ids: Tensor, keep: Sequence[int], unadapted: Sequence[str] = (), **given: Tensor
+) -> _Pass:
+    """What a forward pass calls, and what it answers to the tokens of `keep`."""
+    kept = torch.tensor(keep, device=model.device)
+    with _stand_ins(model, ids[0], unadapted) as calls, probing() as layers, torch.inference_mode():
         try:
-            last = torch.tensor([ids.shape[1] - 1], device=model.device)
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=last, **given).logits
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept, **given).logits
         except Exception as error:
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be served: a forward pass over flattened tokens fails: {error}"
             ) from error
-    if logits.shape[1] != 1:
+    if logits.shape[1] != len(keep):
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be served: it computes the logits of all tokens, whichever are asked for "
             "(logits_to_keep)"
         )
-    return calls, layers
+    return _Pass(calls, layers, logits)
 
 
-def _refuse_other_positions(model: PreTrainedModel, first: Tensor) -> None:
-    """The first tokens of several texts, side by side, must each be what such a text's only token is to the model."""
-    several = first.expand(1, _TOKENS)
-    beside, _ = _seen(model, several, position_ids=torch.zeros_like(several))
-    alone, _ = _seen(model, first)
-    for path, call in beside.items():
-        if call.whole and path in alone and not _alike(call.input, alone[path].input[..., :1, :]):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be served: it numbers a text's tokens by a rule of its own, so that "
-                "texts cannot stand side by side"
-            )
+def _refuse_mixed_texts(model: PreTrainedModel, ids: Tensor, unadapted: Sequence[str]) -> None:
+    """The first token of a text, between those of others, must be what such a text's only token is to the model."""
+    first, another = ids[:, :1], ids[:, 1:2]
+    several = torch.cat([another, first, another], dim=1)
+    beside = _seen(model, several, range(_TOKENS), unadapted, position_ids=torch.zeros_like(several))
+    alone = _seen(model, first, range(1), unadapted)
+    pairs = [
+        (call.rows[1], alone.calls[path].rows[0])
+        for path, call in beside.calls.items()
+        if call.whole and path in alone.calls
+    ]
+    if not all(_alike(got, want) for got, want in [*pairs, (beside.logits[0, 1], alone.logits[0, 0])]):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be served: it numbers a text's tokens by a rule of its own, or mixes "
+            "tokens outside of attention, so that texts cannot stand side by side"
+        )
 
 
-def _alike(beside: Tensor, alone: Tensor) -> bool:
-    """But for rounding; what is no number says nothing."""
-    return not bool(((beside - alone).abs() > 1e-2 * alone.abs().max()).any())
+def _alike(got: Tensor, want: Tensor) -> bool:
+    """But for what rounding makes of more rows."""
+    bound = 1e-2 * float(want.nan_to_num().abs().max())
+    return torch.allclose(got, want, rtol=0, atol=bound, equal_nan=True)
 
 
 def _refuse_unserved_attention(name: str, expected: int, layers: Mapping[int, AttentionLayer]) -> None:
@@ -141,31 +147,52 @@ class _Call:
     out_features: int
     whole: bool = True  # every time it read all tokens
 
+    @property
+    def rows(self) -> Tensor:
+        return self.input.reshape(-1, self.in_features)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    calls: dict[str, _Call]
+    layers: dict[int, AttentionLayer]
+    logits: Tensor  # [1, tokens that were kept, vocabulary]
+
 
 class _StandIn(nn.Module):
-    """Takes a linear's place during the probe: notes the call and answers numbers that have nothing to do with x."""
+    """Takes a linear's place during the probe: notes the call and answers numbers that have nothing to do with x.
 
-    def __init__(self, path: str, original: nn.Linear, calls: dict[str, _Call], step: int) -> None:
+    Each token has numbers of its own, wherever it stands, so that a router sends them to different experts, and what
+    is mixed of several is seen.
+    """
+
+    def __init__(self, path: str, original: nn.Linear, calls: dict[str, _Call], ids: Tensor) -> None:
         super().__init__()
-        self.path, self.calls, self.step = path, calls, step
+        self.path, self.calls, self.ids = path, calls, ids
         self.in_features, self.out_features = original.in_features, original.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         call = self.calls.setdefault(self.path, _Call(self.path, x, self.in_features, self.out_features))
         rows = x.shape[:-1].numel()
-        call.whole &= rows == _TOKENS
-        row = torch.arange(rows, device=x.device) * self.step
-        answer = (row[:, None] + torch.arange(self.out_features, device=x.device)).sin()
+        call.whole &= rows == len(self.ids)
+        ids = self.ids if rows == len(self.ids) else self.ids.new_zeros(rows)
+        answer = (7 * ids[:, None] + torch.arange(self.out_features, device=x.device)).sin()
         return answer.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
 @contextmanager
-def _stand_ins(model: PreTrainedModel, step: int) -> Iterator[dict[str, _Call]]:
+def _stand_ins(
+    model: PreTrainedModel,
+    ids: Tensor,  # [tokens]
+    unadapted: Sequence[str],
+) -> Iterator[dict[str, _Call]]:
+    """For all linears; of `unadapted` it is not known which tokens they read, so they answer the same to each."""
     calls: dict[str, _Call] = {}
     linears = _linears(model)
+    nobodys = dict.fromkeys(unadapted, ids.new_zeros(0))
     try:
         for path, module in linears.items():
-            model.set_submodule(path, _StandIn(path, module, calls, step))
+            model.set_submodule(path, _StandIn(path, module, calls, nobodys.get(path, ids)))
         yield calls
     finally:
         for path, module in linears.items():

@@ -157,6 +157,51 @@ def test_what_would_be_answered_wrongly_is_refused(config, reason):
         make_servable(make_model(config))
 
 
+class _Mixes(nn.Module):
+    """A part of a model, and what its answer to a row has to do with the other rows of a step."""
+
+    def __init__(self, inner, mix):
+        super().__init__()
+        self.inner, self.mix = inner, mix
+
+    def forward(self, x):
+        return self.mix(self.inner(x))
+
+
+MIXES = {
+    "the row before": lambda x: x + torch.cat([x[:, :1], x[:, :-1]], dim=1),
+    "the last row": lambda x: x + x[:, -1:],
+    "the mean": lambda x: x + x.mean(1, keepdim=True),
+    "the mean so far": lambda x: x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None],
+    "how many rows": lambda x: x + x.shape[1],
+    "the place": lambda x: x + torch.arange(x.shape[1])[:, None],
+    "the range": lambda x: (x - x[:, :1]) / (x.amax(1) - x.amin(1))[:, None],  # of one row: not a number
+}
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize(
+    "part",
+    ["model.embed_tokens", "model.layers.1.input_layernorm", "model.layers.1.mlp.act_fn", "model.norm"],
+)
+def test_what_mixes_rows_is_refused(mix, part):
+    model = make_model()
+    model.set_submodule(part, _Mixes(model.get_submodule(part), mix))
+    with pytest.raises(UnsupportedModelError, match="mixes tokens outside of attention"):
+        make_servable(model)
+
+
+def test_logits_that_are_mixed_are_refused():
+    class Mixing(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = MIXES["the mean"](out.logits)
+            return out
+
+    with pytest.raises(UnsupportedModelError, match="mixes tokens outside of attention"):
+        make_servable(Mixing(transformers.LlamaConfig(**SIZES)).eval())
+
+
 def test_a_linear_after_the_last_layer_is_not_adapted():
     """It reads the rows that are sampled alone, and an adapter's rows are those of the step."""
     servable = make_servable(make_model(transformers.BertConfig(is_decoder=True, **NEOX)))
