@@ -102,3 +102,19 @@ def test_near_names_a_sibling():
 def test_a_bare_base_model_prefix_is_found_too():
     key = parse_key(f"base_model.{Q}.lora_A.weight")
     assert BaseModules([Q]).find(key.module) == Q
+
+
+@pytest.mark.parametrize(
+    ("module", "idle"),
+    [
+        ("model.vision_tower.encoder.layers.0.q_proj", True),
+        ("vision_tower.encoder.layers.0.q_proj", True),
+        ("model.vision_tower", True),
+        ("model.vision_tower_2.encoder.layers.0.q_proj", False),
+        ("model.language_model.vision_tower2.q_proj", False),
+        ("model.layers.0.vision_tower.q_proj", False),
+        (Q, False),
+    ],
+)
+def test_what_is_in_an_idle_part_is_told_by_whole_names(module, idle):
+    assert BaseModules([Q], ["model.vision_tower"]).is_idle(module) is idle

@@ -461,3 +461,14 @@ def test_a_folder_of_adapters_says_which_it_holds(tmp_path, names):
         copy_folder(tmp_path / "out", tmp_path)
     shown = ", ".join(map(repr, names[:5])) + (" and 2 more" if len(names) > 5 else "")
     assert str(caught.value) == (f"{tmp_path / 'out'} is no adapter itself; name one that is in it: {shown}")
+
+
+def test_a_folder_that_lacks_one_file_is_meant_itself(tmp_path):
+    """An adapter without its config, with another of its checkpoints in it, is not for the other to replace."""
+    folder = write_folder(tmp_path / "out")
+    write_folder(folder / "checkpoint-10")
+    (folder / CONFIG).unlink()
+    with pytest.raises(
+        AdapterError, match=r"holds no adapter_config\.json, but 'adapter_model\.safetensors'"
+    ):
+        copy_folder(folder, tmp_path)

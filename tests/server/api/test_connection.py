@@ -142,7 +142,8 @@ def test_an_offer_on_a_connection_that_ends_is_answered(live, first):
     head, _ = sent(live, offering)
     assert head.startswith("http/1.1 200 ")
     assert "connection: close" in head
-    _, rest = sent(live, offering * 2)
+    head, rest = sent(live, offering * 2)
+    assert head.startswith("http/1.1 200 ")
     assert b"HTTP/1.1" not in rest  # what comes behind it is no request
 
 
