@@ -163,9 +163,10 @@ def paged_attention(
 
 
 def _stand_in(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [1, rows, query heads, v width]
-    """An answer to a probe: a row's own, and another one where its query and key are turned elsewhere."""
-    turned = query.mean(-1) + key.mean(-1).repeat_interleave(query.shape[1] // key.shape[1], 1)
-    return turned.transpose(1, 2)[..., None].repeat(1, 1, 1, value.shape[3])
+    """An answer to a probe: a row's own, and another one where its query and key are turned elsewhere, or its value is
+    another."""
+    shared = (key.mean(-1) + value.mean(-1)).repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return (query.mean(-1) + shared).transpose(1, 2)[..., None].repeat(1, 1, 1, value.shape[3])
 
 
 def register() -> None:

@@ -1,5 +1,7 @@
 """What the probe learns of an architecture, and how it words its refusals."""
 
+import contextlib
+
 import pytest
 import torch
 import transformers
@@ -191,6 +193,45 @@ def test_what_mixes_rows_is_refused(mix, part):
         make_servable(model)
 
 
+@pytest.mark.parametrize("mix", [MIXES["the row before"], MIXES["the mean"]], ids=["shift", "mean"])
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj"])
+def test_what_mixes_rows_before_it_attends_is_refused(mix, part):
+    model = make_model()
+    for layer in model.model.layers:
+        setattr(layer.self_attn, part, _Mixes(getattr(layer.self_attn, part), mix))
+    with pytest.raises(UnsupportedModelError, match="mixes tokens outside of attention"):
+        make_servable(model)
+
+
+class _ByPlace(nn.Module):
+    """Turns a row by its place in the step, whatever position it is given."""
+
+    def __init__(self, rotary):
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, x, position_ids):
+        return self.rotary(x, torch.arange(x.shape[1])[None])
+
+
+def test_a_rotation_by_place_is_refused():
+    model = make_model()
+    model.model.rotary_emb = _ByPlace(model.model.rotary_emb)
+    with pytest.raises(UnsupportedModelError, match="a rule of its own"):
+        make_servable(model)
+
+
+def test_logits_that_are_not_asked_for_are_refused():
+    """A runner would read a prompt's first rows as its last."""
+
+    class Eager(transformers.LlamaForCausalLM):
+        def forward(self, *args, logits_to_keep, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    with pytest.raises(UnsupportedModelError, match="computes the logits of all tokens, whichever"):
+        make_servable(Eager(transformers.LlamaConfig(**SIZES)).eval())
+
+
 def test_logits_that_are_mixed_are_refused():
     class Mixing(transformers.LlamaForCausalLM):
         def forward(self, *args, **kwargs):
@@ -259,6 +300,16 @@ def test_unknown_arguments_of_attention_are_refused():
     model = make_model()
     model.model.layers[1].self_attn = _Asks(model.model.layers[1].self_attn, position_bias=torch.ones(1))
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM .* \(position_bias\)"):
+        make_servable(model)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_whether_attention_is_causal_is_what_the_call_says(said):
+    model = make_model()
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = not said
+        layer.self_attn = _Asks(layer.self_attn, is_causal=said)
+    with contextlib.nullcontext() if said else pytest.raises(UnsupportedModelError, match="not causal"):
         make_servable(model)
 
 
