@@ -92,6 +92,13 @@ def test_an_expert_that_the_probe_did_not_reach_is_not_idle():
     assert probe(model).layout.idle == ("tower",)
 
 
+def test_where_the_text_model_is_the_whole_nothing_is_idle():
+    model = _attending(make_model())
+    model.model.layers[0].mlp.expert = nn.Linear(64, 64)
+    model.get_decoder = lambda: model
+    assert probe(model).layout.idle == ()
+
+
 def _attending(model):
     register()
     model.set_attn_implementation(IMPLEMENTATION)
@@ -247,6 +254,7 @@ def test_a_linear_after_the_last_layer_is_not_adapted():
     """It reads the rows that are sampled alone, and an adapter's rows are those of the step."""
     servable = make_servable(make_model(transformers.BertConfig(is_decoder=True, **NEOX)))
     assert isinstance(servable.model.cls.predictions.transform.dense, Unadapted)
+    assert servable.layout.idle == ()
     assert {member.module.split(".")[0] for site in servable.layout.sites for member in site.members} == {
         "bert"
     }
@@ -277,6 +285,23 @@ def test_experts_that_are_linears_are_not_adapted():
     layers = make_servable(model).model.model.layers
     assert all(isinstance(expert, Unadapted) for layer in layers for expert in layer.mlp.experts)
     assert all(isinstance(layer.mlp.router, LoRALinear) for layer in layers)
+
+
+class _Again(nn.Module):
+    """Passes a token through once more."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return torch.cat([self.inner(self.inner(x[:, :1])), self.inner(x)], dim=1)[:, -x.shape[1] :]
+
+
+def test_a_linear_that_reads_some_rows_once_is_not_adapted():
+    model = make_model()
+    model.model.layers[0].mlp = _Again(nn.Linear(64, 64))
+    assert isinstance(make_servable(model).model.model.layers[0].mlp.inner, Unadapted)
 
 
 def test_a_linear_that_computes_something_else_stays():
