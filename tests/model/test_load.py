@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -309,6 +310,32 @@ def test_a_model_without_an_end_is_not_told_one(tmp_path):
     make_model(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="does not say how long a text may be"):
         make_servable(load_model(source(tmp_path, "none")))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_model_of_code_of_its_own_is_read_if_that_is_trusted(tmp_path, quantization, monkeypatch):
+    """transformers knows no such configuration, nor which model is for it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    made = tmp_path / "made"
+    make_model().save_pretrained(made)
+    (made / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    given = json.loads((made / "config.json").read_text())
+    given |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},
+    }
+    (made / "config.json").write_text(json.dumps(given))
+    asked = source(made, quantization, tmp_path / "cache")
+    for _ in range(2):  # and from its copy
+        model = load_model(replace(asked, trust_remote_code=True))
+        assert type(model).__name__ == "OwnForCausalLM"
+    with pytest.raises(UnsupportedModelError, match="trust_remote_code"):
+        load_model(asked)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
