@@ -32,12 +32,8 @@ USED = frozenset(
     }
 )
 
-NAMING = (
-    "target_modules",
-    "exclude_modules",
-    "rank_pattern",
-    "alpha_pattern",
-)  # by names, or expressions for them
+# Settings that name modules, or are expressions for their names.
+NAMING = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
 
 # No effect on what the tensors mean. The tensors' own keys say whether biases were trained; `fan_in_fan_out` is how the
 # base stores its weight: A and B have the same shapes either way; `ensure_weight_tying` is about embeddings, whose

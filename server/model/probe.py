@@ -32,9 +32,8 @@ class Probed:
     """The sites where a base can be adapted, its other linears, and what each layer's attention needs."""
 
     layout: Layout
-    unadapted: tuple[
-        str, ...
-    ]  # linears that read some of a step's rows: experts, or what follows the last layer
+    # linears that read some of a step's rows: experts, or what follows the last layer
+    unadapted: tuple[str, ...]
     attention: tuple[AttentionLayer, ...]
 
 
