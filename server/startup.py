@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from tqdm import tqdm
 
 from adapters.adapter import Adapter
@@ -273,12 +274,31 @@ def read_chat_template(path: Path | None) -> str | None:
 
 def load_tokenizer(settings: Settings, chat_template: str | None) -> Tokenizer:
     """The base's tokenizer, with the chat template that was asked for in place of its own."""
+    tokenizer = _with_template(settings, chat_template, settings.chat_template)
+    file = None if tokenizer.has_chat_template else _template_of_processor(settings.model)
+    if file is None:
+        return tokenizer
+    try:
+        return _with_template(settings, read_chat_template(file), file)
+    except SettingsError as error:  # nobody asked for it
+        logger.warning("there will be no chat without --chat-template FILE: %s", error)
+        return tokenizer
+
+
+def _with_template(settings: Settings, chat_template: str | None, file: Path | None) -> Tokenizer:
     try:
         return Tokenizer.load(
             settings.model, trust_remote_code=settings.trust_remote_code, chat_template=chat_template
         )
     except ChatTemplateError as error:
-        raise SettingsError(f"--chat-template {settings.chat_template}: {error}") from error
+        raise SettingsError(f"--chat-template {file}: {error}") from error
+
+
+def _template_of_processor(model: str) -> Path | None:
+    """The file in which older models for images keep their chat template, and no tokenizer looks for it."""
+    folder, name = Path(model), "chat_template.json"
+    found = folder / name if folder.is_dir() else try_to_load_from_cache(model, name)
+    return Path(found) if isinstance(found, str | Path) and Path(found).is_file() else None
 
 
 def default_threads(servable: ServableModel) -> int:

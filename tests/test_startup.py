@@ -225,6 +225,23 @@ class TestChatTemplate:
         file.write_text("5")
         assert startup.read_chat_template(file) == "5"
 
+    def test_a_processors_template_serves_where_there_is_no_other(self, checkpoint, tmp_path, caplog):
+        """Older models for images keep it in a file that no tokenizer looks for."""
+        base = tmp_path / "base"
+        shutil.copytree(checkpoint[0] / "base", base)
+        asked, file = Settings(model=str(base)), base / "chat_template.json"
+        assert not startup.load_tokenizer(asked, None).has_chat_template
+        file.write_text(json.dumps({"chat_template": "{% for m in messages %}<{{ m.content }}>{% endfor %}"}))
+        tokenizer = startup.load_tokenizer(asked, None)
+        assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "hi"}])) == "<hi>"
+        (base / "chat_template.jinja").write_text("its own")
+        tokenizer = startup.load_tokenizer(asked, None)
+        assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "hi"}])) == "its own"
+        (base / "chat_template.jinja").unlink()
+        file.write_text("{}")
+        assert not startup.load_tokenizer(asked, None).has_chat_template
+        assert "no chat without --chat-template FILE" in caplog.text
+
     def test_what_is_no_template(self, checkpoint, tmp_path):
         file = tmp_path / "template.jinja"
         with pytest.raises(SettingsError, match=r"--chat-template .*: cannot be read: .*No such file"):
