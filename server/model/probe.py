@@ -96,8 +96,18 @@ def _seen(
 
 
 def _refuse_mixed_texts(model: PreTrainedModel, ids: Tensor, unadapted: Sequence[str]) -> None:
-    """The first token of a text, between those of others, must be what such a text's only token is to the model."""
-    first, another = ids[:, :1], ids[:, 1:2]
+    """The first token of a text, between those of others, must be what such a text's only token is to the model.
+
+    Two tokens are tried, for the one may stand between two experts, and rounding choose.
+    """
+    if all(_is_mixed(model, each[:, :1], each[:, 1:2], unadapted) for each in (ids, ids.flip(1))):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be served: it numbers a text's tokens by a rule of its own, or mixes "
+            "tokens outside of attention, so that texts cannot stand side by side"
+        )
+
+
+def _is_mixed(model: PreTrainedModel, first: Tensor, another: Tensor, unadapted: Sequence[str]) -> bool:
     several = torch.cat([another, first, another], dim=1)
     beside = _seen(model, several, range(_TOKENS), unadapted, position_ids=torch.zeros_like(several))
     alone = _seen(model, first, range(1), unadapted)
@@ -106,11 +116,7 @@ def _refuse_mixed_texts(model: PreTrainedModel, ids: Tensor, unadapted: Sequence
         for path, call in beside.calls.items()
         if call.whole and path in alone.calls
     ]
-    if not all(_alike(got, want) for got, want in [*pairs, (beside.logits[0, 1], alone.logits[0, 0])]):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be served: it numbers a text's tokens by a rule of its own, or mixes "
-            "tokens outside of attention, so that texts cannot stand side by side"
-        )
+    return not all(_alike(got, want) for got, want in [*pairs, (beside.logits[0, 1], alone.logits[0, 0])])
 
 
 def _alike(got: Tensor, want: Tensor) -> bool:

@@ -366,3 +366,15 @@ def test_the_probe_puts_every_linear_back():
         probe(model)
     del before["model.norm"]
     assert {name: m for name, m in model.named_modules() if name in before} == before
+
+
+@pytest.mark.parametrize(("answers", "served"), [([False], True), ([False, False], False)])
+def test_one_token_between_two_experts_is_no_reason(monkeypatch, answers, served):
+    """Rounding may send it to the one in a step and to the other alone; another token is tried then."""
+    left = iter(answers)
+    monkeypatch.setattr("server.model.probe._alike", lambda got, want: next(left, True))
+    if served:
+        make_servable(make_model())
+    else:
+        with pytest.raises(UnsupportedModelError, match="texts cannot stand side by side"):
+            make_servable(make_model())
