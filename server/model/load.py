@@ -157,7 +157,7 @@ def _read(
 ) -> PreTrainedModel:
     given: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
     with _refused_where_it_fails(folder, source):
-        model, found = _auto_class(config, source).from_pretrained(
+        model, found = _class_for(config, source).from_pretrained(
             folder,
             dtype=source.dtype,
             device_map={"": source.device},
@@ -179,16 +179,21 @@ def _stays_in_float32(name: str, model: PreTrainedModel) -> bool:
     return any(f".{part}." in f".{name}." for part in model._keep_in_fp32_modules_strict)
 
 
-def _auto_class(config: PreTrainedConfig, source: ModelSource) -> Any:  # of transformers, which has no types
-    """The text of a model for images too is served, if the model's way with text is."""
-    of_its_own = source.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if of_its_own or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+def auto_class(config: PreTrainedConfig) -> Any | None:  # of transformers, which has no types
+    """Which class of transformers reads a model for its text: the one for images too, where it is no causal model."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return AutoModelForImageTextToText
-    raise UnsupportedModelError(
-        f"{source.model} cannot be served: transformers has no causal language model of type {config.model_type}"
-    )
+    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else None
+
+
+def _class_for(config: PreTrainedConfig, source: ModelSource) -> Any:
+    of_its_own = source.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    found = AutoModelForCausalLM if of_its_own else auto_class(config)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{source.model} cannot be served: transformers has no causal language model of type {config.model_type}"
+        )
+    return found
 
 
 @contextmanager
@@ -266,7 +271,7 @@ def _refuse_longer_texts(config: PreTrainedConfig, source: ModelSource) -> None:
 def _refuse_experts(folder: Path, config: PreTrainedConfig, source: ModelSource) -> None:
     """Mixture-of-experts weights are 3-D parameters, which bitsandbytes leaves as they are: not a 4-bit model."""
     with _refused_where_it_fails(folder, source), torch.device("meta"):  # the model without its weights
-        model = _auto_class(config, source).from_config(
+        model = _class_for(config, source).from_config(
             config, attn_implementation="eager", trust_remote_code=source.trust_remote_code
         )
     if left := experts_of(model):

@@ -19,13 +19,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm import tqdm
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -35,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
 from kernels.cpu.library import load
 from server.errors import UnsupportedModelError
 from server.model import kernel_set
-from server.model.load import experts_of
+from server.model.load import auto_class, experts_of
 from server.model.servable import make_servable
 from tests.equivalence.case import EXACT
 from tests.equivalence.harness import Harness, Row, read_peft
@@ -118,9 +112,7 @@ def _sizes(config: PreTrainedConfig) -> dict[str, Any]:
         if isinstance(default.get(name), list):
             kinds = list(dict.fromkeys(default[name]))
             given[name] = [kinds[layer % len(kinds)] for layer in range(LAYERS)]
-    if (
-        "kv_lora_rank" in default
-    ):  # latent attention: what turns has a width of its own, and all heads have keys
+    if "kv_lora_rank" in default:  # what turns has a width of its own, and all heads have keys
         given["num_key_value_heads"] = SIZES["num_attention_heads"]
         if "head_dim" in default:
             given["head_dim"] = SIZES["qk_rope_head_dim"]
@@ -142,10 +134,7 @@ def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _untouched(config: PreTrainedConfig) -> PreTrainedModel:
-    auto = (
-        AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
-    )
-    return auto.from_config(config, attn_implementation="eager")
+    return auto_class(config).from_config(config, attn_implementation="eager")
 
 
 def outcome(kind: str) -> Outcome:
